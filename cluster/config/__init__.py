@@ -1,0 +1,1 @@
+"""What the user wrote: one YAML, validated whole, every error at once."""

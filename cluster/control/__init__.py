@@ -1,0 +1,1 @@
+"""Make it so: all input and output of the control path."""

@@ -1,0 +1,1 @@
+"""What should run where: pure functions from config and model facts to a plan."""

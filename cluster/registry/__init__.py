@@ -1,0 +1,1 @@
+"""What exists: content-addressed model versions, their aliases and history."""

@@ -1,0 +1,1 @@
+"""One table of log fields and one of metrics."""

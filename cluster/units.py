@@ -1,0 +1,38 @@
+"""Human units to numbers and back: ``8GiB`` -> bytes, ``30s`` -> seconds."""
+
+import re
+
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER_AND_UNIT = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*$")
+
+
+def _parse(text: str, units: dict[str, float], example: str) -> float:
+    match = _NUMBER_AND_UNIT.match(text)
+    if match is None or match[2] not in units:
+        raise ValueError(f"{text!r} is not a number with a unit; write {example} ({', '.join(units)})")
+    return float(match[1]) * units[match[2]]
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in ``text``, e.g. ``8GiB`` or ``500MB``; ValueError for anything else."""
+    return round(_parse(text, {name: float(size) for name, size in _BYTES.items()}, "8GiB or 500MB"))
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds in ``text``, e.g. ``30s``, ``1.5h`` or ``200ms``; ValueError for anything else."""
+    return _parse(text, _SECONDS, "30s or 200ms")
+
+
+def format_bytes(num_bytes: float) -> str:
+    """``num_bytes`` with a binary unit and at most one decimal, e.g. ``1.5GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f}{unit}" if unit == "B" else f"{num_bytes:.1f}{unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f}GiB"

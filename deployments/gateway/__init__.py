@@ -1,0 +1,1 @@
+"""Protocol: HTTP requests in, OpenAI responses out. No torch."""

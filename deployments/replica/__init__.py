@@ -1,0 +1,1 @@
+"""One complete copy of a model version: scheduler, block accounting, text."""

@@ -1,0 +1,1 @@
+"""Which replica answers: routing table and choice."""

@@ -1,0 +1,1 @@
+"""The torch code inside a stage. No Ray."""

@@ -1,0 +1,1 @@
+"""One slice of a replica: the actor around the runtime."""

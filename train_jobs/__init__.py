@@ -1,0 +1,1 @@
+"""Training path: job -> data -> trainer -> checkpoint -> evaluate -> registry version."""
