@@ -1,0 +1,162 @@
+"""The plan: what should run where. Frozen, JSON both ways, and all that replicas and jobs ever see of the config."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Task = Literal["generate", "embed"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class PlanModel(BaseModel):
+    """Base of every plan type: frozen, unknown keys refused, docstrings under fields are their descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelFacts(PlanModel):
+    """What planning must know of a model version; read from its ``config.json`` and safetensors headers."""
+
+    architecture: str
+    """transformers class name, e.g. ``LlamaForCausalLM``."""
+    model_type: str
+    """transformers model type, e.g. ``llama``."""
+    task: Task
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_context_tokens: int
+    """Positions the model was trained for."""
+    num_kv_heads: int
+    head_dim: int
+    num_attention_heads: int
+    intermediate_size: int
+    embedding_params: int
+    """Number of parameters of the input embedding."""
+    layer_params: tuple[int, ...]
+    """Number of parameters of each layer, in order."""
+    head_params: int
+    """Number of parameters of the output head; 0 when tied to the embedding."""
+    tied_head: bool
+    """The output head shares the embedding's tensor."""
+    other_params: int
+    """Everything else (final norm and the like)."""
+
+
+class StagePlan(PlanModel):
+    """One pipeline stage: a contiguous half-open range of layers and what it needs."""
+
+    index: int
+    layer_start: int
+    layer_stop: int
+    has_embedding: bool
+    has_head: bool
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, KV cache and activations together."""
+        return self.weight_bytes + self.kv_bytes + self.activation_bytes
+
+
+class ReplicaRange(PlanModel):
+    """Bounds and targets of a deployment's replica count."""
+
+    min: int
+    max: int
+    target_waiting_tokens: int
+    """Waiting prompt tokens per replica above which a replica is added."""
+    upscale_delay_s: float
+    downscale_delay_s: float
+
+
+class ModelAppArgs(PlanModel):
+    """Arguments of ``deployments.app:build_model``: everything one replica must know."""
+
+    app: str
+    """Serve application name: ``<model>-<version>``."""
+    model: str
+    version: str
+    storage: str
+    """Root of storage; the registry lives under ``<storage>/registry``."""
+    task: Task
+    dtype: Dtype
+    device: Literal["cpu", "cuda"]
+    context_tokens: int
+    block_tokens: int
+    """Tokens in one KV block."""
+    num_blocks: int
+    """KV blocks per stage."""
+    prefix_caching: bool
+    max_running: int
+    """Sequences that may be computed at the same time."""
+    max_step_tokens: int
+    """Token budget of one step (decode tokens and prefill chunks together)."""
+    max_waiting: int
+    """Requests that may wait; one more is refused with 429."""
+    request_timeout_s: float
+    step_timeout_s: float
+    """A stage that has not answered a step after this long counts as dead."""
+    drain_timeout_s: float
+    """How long a stopping replica lets its requests finish."""
+    threads_per_stage: int
+    replica_cpus: float
+    stage_cpus: float
+    stage_gpus: float
+    stage_memory: bool
+    """Whether stages also reserve their ``memory_bytes`` as Ray's logical ``memory``."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+    stages: tuple[StagePlan, ...]
+    replicas: ReplicaRange
+    code_digest: str
+    """Digest of the three packages that made the plan; a replica running other code refuses to start."""
+
+
+class RouteTarget(PlanModel):
+    """One application that serves a model name, and its share of the traffic."""
+
+    app: str
+    version: str
+    weight: float = 1.0
+
+
+class Route(PlanModel):
+    """One served model name."""
+
+    model: str
+    task: Task
+    context_tokens: int
+    created: int
+    """Unix time the served version was published, seconds."""
+    targets: tuple[RouteTarget, ...]
+
+
+class GatewaySettings(PlanModel):
+    """Limits of the gateway; changing one is an in-place update."""
+
+    max_body_bytes: int
+    max_streams: int
+    """Requests in flight per gateway replica; one more is refused with 429."""
+    request_timeout_s: float
+    max_choices: int
+    """Largest ``n``."""
+    max_stop_strings: int
+    max_logprobs: int
+    """Largest number of alternatives in ``logprobs``/``top_logprobs``."""
+
+
+class RoutingTable(PlanModel):
+    """``user_config`` of the gateway: replaced in place, no restart."""
+
+    settings: GatewaySettings
+    routes: tuple[Route, ...]
+
+
+class GatewayAppArgs(PlanModel):
+    """Arguments of ``deployments.app:build_gateway``."""
+
+    num_replicas: int
+    cpus: float
+    code_digest: str

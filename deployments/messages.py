@@ -1,0 +1,363 @@
+"""The nouns that cross a process border, and nothing else.
+
+Two conversations use them, both over :mod:`deployments.channel`:
+
+    gateway -> replica   Generate | Embed | Tokenize | Detokenize | Cancel
+    replica -> gateway   Started, Delta*, Finished | Embedded | Tokenized | Detokenized | Refused; Load, unasked
+    replica -> stage     StepInput | EmbedInput
+    stage   -> stage     Hidden (one tensor)
+    stage   -> replica   StepOutput | EmbedOutput | StageFailed
+
+Every message is frozen, encodes to msgpack, and is checked field by field when decoded.
+Token counts are in tokens, positions count from 0, ``request_id`` is unique in the cluster.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of everything that crosses a process border; the class name is the tag on the wire."""
+
+
+# --- gateway and replica ---------------------------------------------------------------------------------------
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the next token is chosen and when to stop. Validated by the gateway; neutral values are the defaults.
+
+    ``top_k``, ``seed`` and ``logprobs`` are None when not asked for. ``logprobs`` is the number of alternatives
+    wanted beside the chosen token (0: the chosen one alone). ``temperature`` 0 is greedy.
+    """
+
+    max_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+
+
+class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
+    """A prompt as text; the tokenizer's own special tokens are added when ``add_special_tokens``."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+class TokenPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
+    """A prompt as token ids, taken as it is."""
+
+    token_ids: tuple[int, ...]
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
+    """A conversation, rendered by the model's own chat template; OpenAI's message shape, content as text."""
+
+    messages: tuple[dict[str, Any], ...]
+    add_generation_prompt: bool = True
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+class Generate(Message, frozen=True, kw_only=True):
+    """Continue one prompt, ``sampling.n`` times.
+
+    ``max_tokens`` is None when the client named no limit: the replica then fills the context. It replaces
+    ``sampling.max_tokens`` on arrival, because only the replica knows the prompt's length in tokens.
+    ``deadline_s`` is the time left to the request when it was sent.
+    """
+
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    max_tokens: int | None
+    deadline_s: float
+
+
+class Embed(Message, frozen=True, kw_only=True):
+    """One vector per input; an input is text or token ids."""
+
+    request_id: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    deadline_s: float
+
+
+class Tokenize(Message, frozen=True, kw_only=True):
+    """Token ids of a prompt, without generating."""
+
+    request_id: str
+    prompt: Prompt
+
+
+class Detokenize(Message, frozen=True, kw_only=True):
+    """Text of token ids."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """The client is gone: free what the request holds. Unknown ids are ignored (it may just have finished)."""
+
+    request_id: str
+
+
+class Started(Message, frozen=True, kw_only=True):
+    """The request was admitted; ``seed`` is the one in force, so that the request can be replayed elsewhere."""
+
+    request_id: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    seed: int
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One candidate token: its text (as far as it is valid UTF-8), raw bytes, and natural log-probability."""
+
+    token_id: int
+    text: str
+    raw: bytes
+    logprob: float
+
+
+class ChosenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A chosen token and its most likely alternatives, best first (the chosen one is among them if it ranks)."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class Delta(Message, frozen=True, kw_only=True):
+    """More of choice ``index``: new tokens, and the text that is now certain (whole characters, no stop string).
+
+    ``finish_reason`` is set in the last delta of a choice; ``stop_reason`` is the stop string or token id that hit.
+    ``logprobs`` has one entry per token in ``token_ids`` when asked for, else it is empty.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[ChosenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Finished(Message, frozen=True, kw_only=True):
+    """Every choice has ended. Exactly one of Finished and Refused ends a Generate."""
+
+    request_id: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_completion_tokens: int
+
+
+class Embedded(Message, frozen=True, kw_only=True):
+    """Vectors follow as one float32 buffer, shape [num_vectors, dimensions], in input order."""
+
+    request_id: str
+    num_vectors: int
+    dimensions: int
+    num_prompt_tokens: int
+
+
+class Tokenized(Message, frozen=True, kw_only=True):
+    """Token ids of a Tokenize, the text of each, and the model's context length."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    token_texts: tuple[str, ...]
+    context_tokens: int
+
+
+class Detokenized(Message, frozen=True, kw_only=True):
+    """Text of a Detokenize."""
+
+    request_id: str
+    text: str
+
+
+RefusalCode = Literal[
+    "invalid_request",  # the client can mend it: 400
+    "context_length_exceeded",  # prompt and limit do not fit the context: 400
+    "unsupported",  # this model or version cannot do it: 400
+    "overloaded",  # queue full: 429 and retry_after_s
+    "deadline_exceeded",  # 408
+    "draining",  # this replica is leaving: try another
+    "internal",  # 500
+]
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """The request will not be done, and why. ``param`` is the OpenAI field at fault, where there is one."""
+
+    request_id: str
+    code: RefusalCode
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+class Load(Message, frozen=True, kw_only=True):
+    """Pushed by a replica to every connected gateway about once a second and when it changes much."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    kv_used_fraction: float
+    draining: bool
+
+
+class Opened(Message, frozen=True, kw_only=True):
+    """First message on every connection: who is speaking, and in which role it wants to be heard."""
+
+    role: Literal["gateway", "replica", "previous_stage"]
+
+
+GatewayToReplica = Opened | Generate | Embed | Tokenize | Detokenize | Cancel
+ReplicaToGateway = Started | Delta | Finished | Embedded | Tokenized | Detokenized | Refused | Load
+
+
+# --- replica and stages ----------------------------------------------------------------------------------------
+
+
+class SequenceStart(msgspec.Struct, frozen=True, array_like=True):
+    """What the sampling stage must know of a sequence before its first sample.
+
+    ``token_ids`` are prompt and already emitted tokens; the first ``num_prompt_tokens`` are the prompt.
+    Sent again when a sequence resumes after preemption or the loss of a stage.
+    """
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    choice: int
+    eos_token_ids: tuple[int, ...]
+
+
+class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence's part of a step.
+
+    Computes ``token_ids`` at positions ``position .. position + len(token_ids)``; keys and values of earlier
+    positions are already in the cache. ``block_ids`` is the block table over all of them. ``sample`` asks for
+    the token after the last one.
+    """
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    position: int
+    block_ids: tuple[int, ...]
+    sample: bool
+
+
+class StepInput(Message, frozen=True, kw_only=True):
+    """One micro-batch, sent to every stage in the same order. ``ended`` sequences are forgotten first."""
+
+    step: int
+    sequences: tuple[SequenceStep, ...]
+    started: tuple[SequenceStart, ...] = ()
+    ended: tuple[int, ...] = ()
+
+
+class Hidden(Message, frozen=True, kw_only=True):
+    """Activations of one step, one buffer in the model's dtype, shape [num_tokens, hidden_size]."""
+
+    step: int
+    num_tokens: int
+    hidden_size: int
+    dtype: str
+
+
+class Sample(msgspec.Struct, frozen=True, array_like=True):
+    """The chosen token of one sequence; logprob fields are empty unless asked for."""
+
+    sequence_id: int
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class StageTiming(msgspec.Struct, frozen=True, array_like=True):
+    """Where one stage's time went in one step, in seconds."""
+
+    stage: int
+    wait_s: float
+    compute_s: float
+    transfer_s: float
+
+
+class StepOutput(Message, frozen=True, kw_only=True):
+    """What the last stage made of a step, in the order of the sequences that asked for a sample."""
+
+    step: int
+    samples: tuple[Sample, ...]
+    timing: StageTiming
+
+
+class EmbedInput(Message, frozen=True, kw_only=True):
+    """One batch of an embedding model; every item is a tokenized input with its special tokens."""
+
+    step: int
+    inputs: tuple[tuple[int, ...], ...]
+
+
+class EmbedOutput(Message, frozen=True, kw_only=True):
+    """Vectors follow as one float32 buffer, shape [num_vectors, dimensions]."""
+
+    step: int
+    num_vectors: int
+    dimensions: int
+
+
+class StageFailed(Message, frozen=True, kw_only=True):
+    """A stage could not do a step: the error as it saw it. The stage is unusable afterwards."""
+
+    step: int
+    message: str
+
+
+ReplicaToStage = Opened | StepInput | EmbedInput
+StageToStage = Opened | Hidden
+StageToReplica = StepOutput | EmbedOutput | StageFailed
+AnyMessage = (
+    Opened
+    | Generate
+    | Embed
+    | Tokenize
+    | Detokenize
+    | Cancel
+    | Started
+    | Delta
+    | Finished
+    | Embedded
+    | Tokenized
+    | Detokenized
+    | Refused
+    | Load
+    | StepInput
+    | Hidden
+    | StepOutput
+    | EmbedInput
+    | EmbedOutput
+    | StageFailed
+)
