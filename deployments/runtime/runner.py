@@ -1,0 +1,87 @@
+"""One stage at work: a step and hidden states in, hidden states or samples out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deployments.messages import Sample, StepInput
+from deployments.runtime.attention import PagedStep
+from deployments.runtime.kv_cache import KVCache, lay_out
+from deployments.runtime.model import StageSlice, load_stage
+from deployments.runtime.sample import Sampler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """Everything one stage's runtime must know."""
+
+    directory: Path
+    part: StageSlice
+    dtype: torch.dtype
+    device: torch.device
+    context_tokens: int
+    num_blocks: int
+    block_tokens: int
+
+
+class StageRunner:
+    """The slice's model with its KV cache and, on the last stage, the sampler. Not thread-safe."""
+
+    def __init__(self, config: RunnerConfig) -> None:
+        self._part = config.part
+        self._device = config.device
+        self.model = load_stage(
+            config.directory,
+            config.part,
+            dtype=config.dtype,
+            device=config.device,
+            context_tokens=config.context_tokens,
+        )
+        text = self.model.config
+        self.dtype = config.dtype
+        self.hidden_size: int = text.hidden_size
+        self._cache = KVCache(
+            layers=range(config.part.start, config.part.stop),
+            num_blocks=config.num_blocks,
+            block_tokens=config.block_tokens,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            dtype=config.dtype,
+            device=config.device,
+        )
+        self._sampler = Sampler()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters this stage holds; a tensor shared by two modules counts once."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @torch.inference_mode()
+    def run(self, step: StepInput, hidden_TD: torch.Tensor | None) -> torch.Tensor | list[Sample]:
+        """Compute one step.
+
+        ``hidden_TD`` [num_tokens, hidden_size] comes from the previous stage (None on the first). Returns the same
+        for the next stage, or on the last stage the samples of the sequences that asked for one, in order.
+        """
+        for sequence_id in step.ended:
+            self._sampler.end(sequence_id)
+        for start in step.started:
+            self._sampler.start(start)
+        layout = lay_out(step.sequences, self._cache)
+        inputs = (
+            {"input_ids": layout.token_ids_T[None]}
+            if hidden_TD is None
+            else {"inputs_embeds": hidden_TD[None].to(self._device)}
+        )
+        common = {
+            "position_ids": layout.positions_T[None],
+            "use_cache": False,
+            "paged_step": PagedStep(layout=layout, cache=self._cache),
+        }
+        if not self._part.is_last or not len(layout.sample_rows):
+            output = self.model.base_model(**inputs, **common).last_hidden_state[0]
+            return [] if self._part.is_last else output
+        logits = self.model(**inputs, **common, logits_to_keep=layout.sample_rows).logits[0]
+        wanted = [sequence.sequence_id for sequence in step.sequences if sequence.sample]
+        return self._sampler.sample(wanted, logits)
