@@ -1,5 +1,6 @@
 """Human units to numbers and back: ``8GiB`` -> bytes, ``30s`` -> seconds."""
 
+import math
 import re
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
@@ -16,7 +17,10 @@ def _parse(text: str, units: dict[str, float], example: str) -> float:
     match = _NUMBER_AND_UNIT.match(text)
     if match is None or match[2] not in units:
         raise ValueError(f"{text!r} is not a number with a unit; write {example} ({', '.join(units)})")
-    return float(match[1]) * units[match[2]]
+    number = float(match[1]) * units[match[2]]
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]}... is too large")
+    return number
 
 
 def parse_bytes(text: str) -> int:
@@ -36,3 +40,16 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f}{unit}" if unit == "B" else f"{num_bytes:.1f}{unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f}GiB"
+
+
+def exact_bytes(num_bytes: int) -> str:
+    """``num_bytes`` in the largest binary unit that divides it, so that ``parse_bytes`` gives it back exactly."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if num_bytes and num_bytes % _BYTES[unit] == 0:
+            return f"{num_bytes // _BYTES[unit]}{unit}"
+    return f"{num_bytes}B"
+
+
+def exact_seconds(seconds: float) -> str:
+    """``seconds`` with its unit, so that ``parse_seconds`` gives it back exactly, e.g. ``600s`` or ``0.25s``."""
+    return f"{seconds:.0f}s" if float(seconds).is_integer() else f"{seconds!r}s"

