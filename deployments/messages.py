@@ -216,6 +216,18 @@ class Refused(Message, frozen=True, kw_only=True):
     retry_after_s: float | None = None
 
 
+class RequestRefused(Exception):
+    """A request will not be done, or not be finished; ``refused`` says why. Crosses layers, never the wire."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(refused)
+        self.refused = refused
+
+    def __str__(self) -> str:
+        """Code and message, for logs."""
+        return f"{self.refused.code}: {self.refused.message}"
+
+
 class Load(Message, frozen=True, kw_only=True):
     """Pushed by a replica to every connected gateway about once a second and when it changes much."""
 
