@@ -160,3 +160,59 @@ class GatewayAppArgs(PlanModel):
     num_replicas: int
     cpus: float
     code_digest: str
+
+
+class KnownVersion(PlanModel):
+    """A registry version the plan may use: what the registry knows of it."""
+
+    version: str
+    created: int
+    """Unix time it was published, seconds."""
+    facts: ModelFacts
+
+
+class NodePlan(PlanModel):
+    """A group of equal nodes: what each offers, and how many there may be."""
+
+    name: str
+    resources: dict[str, float]
+    """Ray resource names (``CPU``, ``GPU``, ``memory`` in bytes, custom ones) to amounts, per node."""
+    min: int
+    max: int
+
+
+class ModelPlan(PlanModel):
+    """One model of the YAML. ``args`` is None while its source is not imported: its size is known after import."""
+
+    name: str
+    source: str
+    """Canonical source URI."""
+    task: Task
+    created: int | None
+    args: ModelAppArgs | None
+
+
+class Plan(PlanModel):
+    """All that ``manta up`` makes true."""
+
+    name: str
+    storage: str
+    proxy_location: Literal["HeadOnly", "EveryNode"]
+    http_host: str
+    http_port: int
+    runtime_env: dict[str, str]
+    """Serve ``runtime_env`` of every application; empty when the code is installed on the nodes."""
+    nodes: tuple[NodePlan, ...]
+    models: tuple[ModelPlan, ...]
+    gateway: GatewayAppArgs
+    routing: RoutingTable
+    """The table once every model runs; models that are not imported yet are not in it."""
+    surge: bool
+    """A new version starts before the old one stops; without room for both, the old one stops first."""
+    notes: tuple[str, ...]
+    """What a person should know although nothing is wrong."""
+
+    @property
+    def missing(self) -> tuple[ModelPlan, ...]:
+        """Models whose source must be imported before they can be planned."""
+        return tuple(model for model in self.models if model.args is None)

@@ -1,0 +1,222 @@
+"""The Plan: a validated config and what the registry knows of its models in, everything that should run out.
+
+Pure: the same config, versions and code digest give the same Plan, byte for byte.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from cluster.config.models import ModelConfig
+from cluster.config.nodes import NodeGroup, UriCode
+from cluster.config.schema import ClusterConfig
+from cluster.errors import PlanError
+from cluster.plan.capacity import can_surge, check_capacity, maximum_fits, one_replica_fits
+from cluster.plan.memory import StepShape, activation_bytes, kv_bytes, weight_bytes
+from cluster.plan.partition import Range, cut_layers, explicit
+from cluster.plan.routing import gateway_settings, routing_table
+from cluster.plan.types import (
+    GatewayAppArgs,
+    KnownVersion,
+    ModelAppArgs,
+    ModelFacts,
+    ModelPlan,
+    NodePlan,
+    Plan,
+    ReplicaRange,
+    StagePlan,
+)
+
+
+def build_plan(config: ClusterConfig, versions: Mapping[str, KnownVersion], code_digest: str) -> Plan:
+    """The plan of ``config``. ``versions`` maps model names to imported versions; the others are planned later.
+
+    Raises PlanError when the config asks for what a model or the nodes cannot give.
+    """
+    nodes = tuple(_node_plan(group) for group in config.cluster.nodes)
+    gateway = GatewayAppArgs(num_replicas=config.gateway.replicas, cpus=config.gateway.cpus, code_digest=code_digest)
+    models = tuple(
+        _model_plan(model, versions.get(model.name), config, nodes, code_digest) for model in config.models
+    )
+    apps = [model.args for model in models if model.args is not None]
+    check_capacity(apps, gateway, nodes)
+    surge = can_surge(apps, gateway, nodes)
+    local = config.cluster.provider.kind == "local"
+    return Plan(
+        name=config.name,
+        storage=config.storage_root,
+        proxy_location="HeadOnly" if local else "EveryNode",
+        http_host=config.gateway.http.host,
+        http_port=config.gateway.http.port,
+        runtime_env={"working_dir": config.cluster.code.uri} if isinstance(config.cluster.code, UriCode) else {},
+        nodes=nodes,
+        models=models,
+        gateway=gateway,
+        routing=routing_table(gateway_settings(config.gateway.limits), models),
+        surge=surge,
+        notes=_notes(apps, gateway, nodes, surge),
+    )
+
+
+def _node_plan(group: NodeGroup) -> NodePlan:
+    resources = {"CPU": group.resources.CPU, "GPU": group.resources.GPU, **group.resources.custom}
+    if group.resources.memory is not None:
+        resources["memory"] = float(group.resources.memory)
+    present = {name: amount for name, amount in resources.items() if amount or name == "CPU"}
+    return NodePlan(name=group.name, resources=present, min=group.min, max=group.max)
+
+
+def _model_plan(
+    model: ModelConfig,
+    version: KnownVersion | None,
+    config: ClusterConfig,
+    nodes: Sequence[NodePlan],
+    code_digest: str,
+) -> ModelPlan:
+    args = None if version is None else _app_args(model, version, config.storage_root, nodes, code_digest)
+    return ModelPlan(
+        name=model.name,
+        source=str(model.source),
+        task=model.task,
+        created=None if version is None else version.created,
+        args=args,
+    )
+
+
+def _app_args(
+    model: ModelConfig, version: KnownVersion, storage: str, nodes: Sequence[NodePlan], code_digest: str
+) -> ModelAppArgs:
+    _check_facts(model, version.facts)
+    path = f"models.{model.name}.pipeline"
+    if model.pipeline.split is not None:
+        candidates = [explicit(model.pipeline.split, version.facts, path=path)]
+    elif model.pipeline.stages == "auto":
+        most = version.facts.num_layers if _auto_can_split(model, nodes) else 1
+        candidates = [cut_layers(version.facts, count, path=path) for count in range(1, most + 1)]
+    else:
+        candidates = [cut_layers(version.facts, model.pipeline.stages, path=path)]
+    chosen = None
+    for ranges in candidates:
+        chosen = _with_stages(model, version, storage, nodes, code_digest, ranges)
+        if len(candidates) == 1 or one_replica_fits(chosen, nodes):
+            return chosen
+    assert chosen is not None
+    raise PlanError(
+        f"{path}.stages: auto tried 1 to {len(candidates)} stages, and none fits the nodes; "
+        "use a smaller kv_cache.tokens or batching.max_step_tokens, or nodes with more memory"
+    )
+
+
+def _auto_can_split(model: ModelConfig, nodes: Sequence[NodePlan]) -> bool:
+    """More stages help only where memory is what is short, and that is known where nodes declare it."""
+    return model.task == "generate" and _reserves_memory(model, nodes)
+
+
+def _reserves_memory(model: ModelConfig, nodes: Sequence[NodePlan]) -> bool:
+    return model.resources.reserve_memory and all("memory" in node.resources for node in nodes)
+
+
+def _check_facts(model: ModelConfig, facts: ModelFacts) -> None:
+    path = f"models.{model.name}"
+    if model.context_tokens > facts.max_context_tokens:
+        raise PlanError(
+            f"{path}.context_tokens: {model.context_tokens} tokens, but {facts.architecture} was trained for "
+            f"{facts.max_context_tokens}; set context_tokens to {facts.max_context_tokens} or less"
+        )
+    if model.task != facts.task:
+        raise PlanError(
+            f"{path}.task: {model.task}, but the registry's version is for {facts.task}; set task: {facts.task}"
+        )
+
+
+def _with_stages(
+    model: ModelConfig,
+    version: KnownVersion,
+    storage: str,
+    nodes: Sequence[NodePlan],
+    code_digest: str,
+    ranges: tuple[Range, ...],
+) -> ModelAppArgs:
+    num_blocks = 0 if model.task == "embed" else model.num_kv_blocks
+    threads = model.pipeline.threads
+    return ModelAppArgs(
+        app=f"{model.name}-{version.version}",
+        model=model.name,
+        version=version.version,
+        storage=storage,
+        task=model.task,
+        dtype=model.dtype,
+        device=model.device,
+        context_tokens=model.context_tokens,
+        block_tokens=model.kv_cache.block_tokens,
+        num_blocks=num_blocks,
+        prefix_caching=model.kv_cache.prefix_caching,
+        max_running=model.batching.max_running,
+        max_step_tokens=model.batching.max_step_tokens,
+        max_waiting=model.batching.max_waiting,
+        request_timeout_s=model.timeouts.request,
+        step_timeout_s=model.timeouts.step,
+        drain_timeout_s=model.timeouts.drain,
+        threads_per_stage=_auto_threads(model, nodes, len(ranges)) if threads == "auto" else threads,
+        replica_cpus=model.resources.replica_cpus,
+        stage_cpus=model.resources.stage_cpus,
+        stage_gpus=model.resources.stage_gpus,
+        stage_memory=_reserves_memory(model, nodes),
+        placement_strategy=model.pipeline.placement,
+        stages=tuple(_stage(index, layers, version.facts, model) for index, layers in enumerate(ranges)),
+        replicas=ReplicaRange(
+            min=model.replicas.min,
+            max=model.replicas.max,
+            target_waiting_tokens=model.replicas.target_waiting_tokens,
+            upscale_delay_s=model.replicas.upscale_delay,
+            downscale_delay_s=model.replicas.downscale_delay,
+        ),
+        code_digest=code_digest,
+    )
+
+
+def _auto_threads(model: ModelConfig, nodes: Sequence[NodePlan], num_stages: int) -> int:
+    """The smallest node's cores, shared by the stages that stand on one node; at least one."""
+    num_nodes = sum(node.max for node in nodes)
+    apart = model.pipeline.placement in ("SPREAD", "STRICT_SPREAD")
+    stages_on_a_node = -(-num_stages // num_nodes) if apart else num_stages
+    cores = min(node.resources["CPU"] for node in nodes)
+    return max(1, int(cores // stages_on_a_node))
+
+
+def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> StagePlan:
+    shape = StepShape(
+        dtype=model.dtype,
+        max_step_tokens=model.batching.max_step_tokens,
+        max_running=model.batching.max_running,
+        num_blocks=model.num_kv_blocks,
+        block_tokens=model.kv_cache.block_tokens,
+    )
+    start, stop = layers
+    last = stop == facts.num_layers
+    return StagePlan(
+        index=index,
+        layer_start=start,
+        layer_stop=stop,
+        has_embedding=start == 0,
+        has_head=last and facts.task == "generate",
+        weight_bytes=weight_bytes(facts, start=start, stop=stop, dtype=model.dtype),
+        kv_bytes=kv_bytes(facts, shape, stop - start),
+        activation_bytes=activation_bytes(facts, shape, last=last),
+    )
+
+
+def _notes(
+    apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes: Sequence[NodePlan], surge: bool
+) -> tuple[str, ...]:
+    notes = []
+    if not surge:
+        notes.append(
+            "no room for one more replica of the largest model: an update stops the old version before the new one "
+            "starts, and requests wait meanwhile"
+        )
+    notes.extend(
+        f"{args.model}: replicas.max {args.replicas.max} does not fit the nodes beside the other models; "
+        "replicas above what fits stay pending"
+        for args in apps
+        if args.replicas.max > args.replicas.min and not maximum_fits(args, apps, gateway, nodes)
+    )
+    return tuple(notes)

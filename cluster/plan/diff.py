@@ -1,0 +1,256 @@
+"""From what runs to what should run: a Plan and what was Observed in, ordered actions out, each with its sentence.
+
+A new version is up before the routes move to it, and the old one goes after that::
+
+    DeployApps (old + new) -> AwaitApps -> SwitchRoutes -> RemoveApps (old)
+
+Where the plan has no room for both at once, the old one goes first.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.errors import PlanError
+from cluster.plan.serve_app import GATEWAY_APP, GATEWAY_DEPLOYMENT, ServeApp, gateway_app, is_own, model_apps
+from cluster.plan.types import Plan, RoutingTable
+
+_COMPARED_KEYS = ("import_path", "route_prefix", "args", "runtime_env")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedApp:
+    """One Serve application as it runs: Serve's status word, and the config it was deployed with."""
+
+    name: str
+    status: str
+    config: ServeApp
+    num_running_replicas: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What runs: whether Ray does, Serve's HTTP address if Serve does, and every application on it."""
+
+    ray_running: bool
+    http_address: tuple[str, int] | None = None
+    apps: Mapping[str, ObservedApp] = field(default_factory=dict)
+
+    @property
+    def own(self) -> dict[str, ObservedApp]:
+        """Applications that Manta deployed; all others are never touched."""
+        return {name: app for name, app in self.apps.items() if is_own(app.config)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartCluster:
+    """Start Ray on this machine."""
+
+    sentence: str
+    kind: Literal["start_cluster"] = "start_cluster"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportModel:
+    """Bring a model's files into the registry."""
+
+    model: str
+    source: str
+    sentence: str
+    kind: Literal["import_model"] = "import_model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployApps:
+    """Deploy new and changed applications beside those that run."""
+
+    apps: tuple[str, ...]
+    sentence: str
+    kind: Literal["deploy_apps"] = "deploy_apps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwaitApps:
+    """Wait until applications run."""
+
+    apps: tuple[str, ...]
+    sentence: str
+    kind: Literal["await_apps"] = "await_apps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchRoutes:
+    """Replace the gateway's routing table, in place."""
+
+    sentence: str
+    kind: Literal["switch_routes"] = "switch_routes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveApps:
+    """Remove applications that nothing routes to any more."""
+
+    apps: tuple[str, ...]
+    sentence: str
+    kind: Literal["remove_apps"] = "remove_apps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nothing:
+    """Everything is as the config says."""
+
+    sentence: str = "Nothing to do: everything is as the config says."
+    kind: Literal["nothing"] = "nothing"
+
+
+Action = StartCluster | ImportModel | DeployApps | AwaitApps | SwitchRoutes | RemoveApps | Nothing
+
+
+def diff(plan: Plan, observed: Observed) -> tuple[Action, ...]:
+    """Actions that turn ``observed`` into ``plan``, in order; ``(Nothing(),)`` when there are none.
+
+    A plan with models that are not imported yet yields what comes before and the imports; their applications are
+    planned after. Raises PlanError when Serve runs on another HTTP address, which Ray cannot change while it runs.
+    """
+    _check_address(plan, observed)
+    actions: list[Action] = []
+    if not observed.ray_running:
+        actions.append(StartCluster(sentence=f"Start Ray on this machine for cluster {plan.name}."))
+    actions.extend(_import(model.name, model.source) for model in plan.missing)
+    actions.extend(_app_actions(plan, observed))
+    return tuple(actions) or (Nothing(),)
+
+
+def _check_address(plan: Plan, observed: Observed) -> None:
+    wanted = (plan.http_host, plan.http_port)
+    if observed.http_address in (None, wanted):
+        return
+    assert observed.http_address is not None
+    host, port = observed.http_address
+    raise PlanError(
+        f"gateway.http: {wanted[0]}:{wanted[1]}, but Serve already listens on {host}:{port} and Ray cannot change "
+        f"that while it runs; set gateway.http to {host}:{port}, or run `manta down` and then `manta up`"
+    )
+
+
+def _import(name: str, source: str) -> ImportModel:
+    return ImportModel(model=name, source=source, sentence=f"Import {name} from {source}.")
+
+
+def _app_actions(plan: Plan, observed: Observed) -> list[Action]:
+    desired = {app["name"]: app for app in model_apps(plan)}
+    _check_foreign(desired, observed)
+    own = observed.own
+    waiting_for_import = {model.name for model in plan.missing}
+    stale = [
+        name
+        for name, app in own.items()
+        if name not in desired and name != GATEWAY_APP and app.config["args"].get("model") not in waiting_for_import
+    ]
+    changed = [name for name, app in desired.items() if name not in own or differs(app, own[name].config)]
+    stuck = [name for name in desired if name in own and _is_stuck(own[name]) and name not in changed]
+    gateway_changed = _gateway_differs(plan, own.get(GATEWAY_APP))
+    first = [*stuck, *([] if plan.surge else _in_the_way(stale, changed, own))]
+
+    actions: list[Action] = []
+    if first:
+        actions.append(RemoveApps(apps=tuple(first), sentence=_removal_first(first, stuck)))
+    to_deploy = tuple([*changed, *stuck, *([GATEWAY_APP] if gateway_changed else [])])
+    if to_deploy:
+        actions.append(DeployApps(apps=to_deploy, sentence=_deployment(to_deploy, own)))
+    unready = tuple(
+        name
+        for name in (*desired, GATEWAY_APP)
+        if name in to_deploy or (name in own and own[name].status != "RUNNING")
+    )
+    if unready:
+        actions.append(AwaitApps(apps=unready, sentence=f"Wait until {join(unready)} {_run(unready)}."))
+    if desired and _routing_of(own.get(GATEWAY_APP)) != plan.routing.model_dump(mode="json"):
+        actions.append(SwitchRoutes(sentence=_switch(plan.routing)))
+    last = tuple(name for name in stale if name not in first)
+    if last:
+        actions.append(RemoveApps(apps=last, sentence=f"Remove {join(last)}: nothing asks for it any more."))
+    return actions
+
+
+def _check_foreign(desired: Mapping[str, ServeApp], observed: Observed) -> None:
+    for name, app in observed.apps.items():
+        foreign = not is_own(app.config)
+        if foreign and (name in desired or name == GATEWAY_APP):
+            raise PlanError(
+                f"the cluster already runs an application named {name} that Manta did not deploy "
+                f"({app.config.get('import_path')}); remove it, or rename the model"
+            )
+        if foreign and app.config.get("route_prefix", "/") == "/":
+            raise PlanError(
+                f"application {name}, which Manta did not deploy, already serves the route / that the gateway needs; "
+                "give it another route_prefix, or use another cluster"
+            )
+
+
+def differs(wanted: ServeApp, deployed: ServeApp) -> bool:
+    """Whether Serve must be told: anything but the routing table, which changes in place."""
+    return any(wanted.get(key) != deployed.get(key) for key in _COMPARED_KEYS)
+
+
+def _gateway_differs(plan: Plan, running: ObservedApp | None) -> bool:
+    wanted = gateway_app(plan.gateway, plan.routing, plan.runtime_env)
+    return running is None or differs(wanted, running.config) or _is_stuck(running)
+
+
+def _is_stuck(app: ObservedApp) -> bool:
+    return app.status == "DEPLOY_FAILED" and app.num_running_replicas == 0
+
+
+def _in_the_way(stale: Sequence[str], changed: Sequence[str], own: Mapping[str, ObservedApp]) -> list[str]:
+    """Applications that must go before the changed ones can start, when there is no room for both."""
+    return [*stale, *(name for name in changed if name in own)] if changed else []
+
+
+def _routing_of(gateway: ObservedApp | None) -> object:
+    if gateway is None:
+        return None
+    for deployment in gateway.config.get("deployments", []):
+        if deployment.get("name") == GATEWAY_DEPLOYMENT:
+            return deployment.get("user_config")
+    return None
+
+
+def routing_for_now(plan: Plan, observed: Observed, removed: Sequence[str] = ()) -> RoutingTable:
+    """The table to keep while applications start: the one in force, less the routes to ``removed`` applications.
+
+    Limits are the plan's at once; a gateway that is new begins without routes.
+    """
+    in_force = _routing_of(observed.own.get(GATEWAY_APP))
+    if in_force is None:
+        return plan.routing.model_copy(update={"routes": ()})
+    table = RoutingTable.model_validate(in_force)
+    kept = tuple(route for route in table.routes if not any(target.app in removed for target in route.targets))
+    return RoutingTable(settings=plan.routing.settings, routes=kept)
+
+
+def _removal_first(names: Sequence[str], stuck: Sequence[str]) -> str:
+    if all(name in stuck for name in names):
+        return f"Remove {join(names)}, whose last deployment failed, to try again."
+    return f"Remove {join(names)} first: there is no room for the old and the new version at once."
+
+
+def _deployment(names: Sequence[str], own: Mapping[str, ObservedApp]) -> str:
+    new, changed = [n for n in names if n not in own], [n for n in names if n in own]
+    parts = ([f"Deploy {join(new)}"] if new else []) + ([f"update {join(changed)}"] if changed else [])
+    sentence = " and ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _switch(routing: RoutingTable) -> str:
+    targets = [f"{route.model} to {join([target.app for target in route.targets])}" for route in routing.routes]
+    return f"Route {join(targets)}."
+
+
+def _run(names: Sequence[str]) -> str:
+    return "runs" if len(names) == 1 else "run"
+
+
+def join(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

@@ -1,0 +1,67 @@
+"""Bytes a stage needs: facts of the model and the shape of a step in, weights, KV cache and activations out."""
+
+from dataclasses import dataclass
+
+from cluster.plan.types import Dtype, ModelFacts
+
+DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """What bounds the tensors of one step: tokens computed, sequences sampled, and the KV pool they read."""
+
+    dtype: Dtype
+    max_step_tokens: int
+    max_running: int
+    num_blocks: int
+    block_tokens: int
+
+
+def weight_bytes(facts: ModelFacts, *, start: int, stop: int, dtype: Dtype) -> int:
+    """Bytes of the parameters of layers ``start .. stop`` and of what stands before the first and after the last.
+
+    A tied output head is the embedding's own tensor, so a last stage that is not the first holds a second copy.
+    """
+    params = sum(facts.layer_params[start:stop])
+    first, last = start == 0, stop == facts.num_layers
+    if first:
+        params += facts.embedding_params
+    if last:
+        params += facts.other_params + facts.head_params
+    if last and facts.tied_head and not first:
+        params += facts.embedding_params
+    return params * DTYPE_BYTES[dtype]
+
+
+def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype) -> int:
+    """Bytes of the keys and values of one token in one layer."""
+    return 2 * facts.num_kv_heads * facts.head_dim * DTYPE_BYTES[dtype]
+
+
+def kv_bytes(facts: ModelFacts, shape: StepShape, num_layers: int) -> int:
+    """Bytes of the paged KV cache of ``num_layers`` layers; nothing for a model that keeps no past."""
+    if facts.task == "embed":
+        return 0
+    return shape.num_blocks * shape.block_tokens * num_layers * kv_bytes_per_token(facts, shape.dtype)
+
+
+def activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool) -> int:
+    """Most bytes of intermediate tensors at once, in one step of ``max_step_tokens`` tokens.
+
+    Either one layer (residual and its copy, queries, keys, values, attention output, the two halves of the MLP, and
+    the keys and values gathered from their blocks), or, on the last stage, the logits: one row per sequence in the
+    model's dtype and twice in float32, where sampling works. The two never exist together.
+    """
+    size = DTYPE_BYTES[shape.dtype]
+    attention = (2 * facts.num_attention_heads + 2 * facts.num_kv_heads) * facts.head_dim
+    per_token = 2 * facts.hidden_size + attention + 3 * facts.intermediate_size
+    gathered = 0
+    if facts.task == "generate":
+        gathered = shape.num_blocks * shape.block_tokens * kv_bytes_per_token(facts, shape.dtype)
+    layer = shape.max_step_tokens * per_token * size + gathered
+    if not last or facts.task == "embed":
+        return layer
+    logits = shape.max_running * facts.vocab_size * (size + 2 * _FLOAT32_BYTES)
+    return max(layer, logits)
