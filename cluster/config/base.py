@@ -1,7 +1,7 @@
 """What every section of the config is made of: ``StrictModel``, the annotated value types, and ``refuse``."""
 
 import re
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,10 @@ REFUSED = "refused"
 """Error type of everything that ``refuse`` raises; its context holds the finished sentences."""
 
 
+class NotParsed(Exception):
+    """The value of this key was wrong, so rules that need it cannot be checked."""
+
+
 class StrictModel(BaseModel):
     """One mapping of the YAML: unknown keys refused, frozen, no silent conversion of types."""
 
@@ -32,6 +36,14 @@ class StrictModel(BaseModel):
         hide_input_in_errors=True,
         use_attribute_docstrings=True,
     )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Only reached for attributes that are not there: one whose value was wrong in the YAML says so."""
+            if name in type(self).model_fields:
+                raise NotParsed(name)
+            return super().__getattr__(name)
 
 
 def refuse(message: str, *, limit: str | None = None, remedy: str | None = None) -> NoReturn:

@@ -21,6 +21,16 @@ def _read_dashboard(value: object) -> object:
     return value.rstrip("/")
 
 
+def _read_temp_dir(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(r"/[^\s\0]+", value):
+        refuse(
+            "is not an absolute path without spaces",
+            limit="an absolute, short path",
+            remedy="write one such as /tmp/manta, or remove the line to take the default",
+        )
+    return value.rstrip("/")
+
+
 class LocalProvider(StrictModel):
     """Starts Ray on this machine, reachable from this machine only, and stops only what it started."""
 
@@ -30,7 +40,7 @@ class LocalProvider(StrictModel):
     """Port of Ray's control store (GCS). Change it when another Ray already runs on this machine."""
     dashboard_port: Port = 8265
     """Port of the Ray dashboard. Change it when another Ray already runs on this machine."""
-    temp_dir: str | None = None
+    temp_dir: Annotated[str, BeforeValidator(_read_temp_dir, json_schema_input_type=str)] | None = None
     """Directory of Ray's sockets and logs, absolute and short; ``/tmp/manta-<name>`` when absent."""
     object_store: Annotated[Bytes, at_least_bytes(75 * 2**20)] = 200 * 2**20
     """Shared memory for Ray's objects; tokens and hidden states do not pass through it, so it can stay small."""

@@ -20,7 +20,13 @@ def _check_storage(value: object) -> object:
     if any(not character.isprintable() for character in value):
         refuse("contains an unprintable character", limit="an absolute path or a URI", remedy=_STORAGE_REMEDY)
     if "://" in value:
-        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/]\S*|(file|memory):///\S+", value):
+        if value.startswith("memory://"):
+            refuse(
+                "is private to one process, so nobody else would see the files",
+                limit="a shared place",
+                remedy=_STORAGE_REMEDY,
+            )
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/]\S*|file:///\S+", value):
             refuse("is not a complete URI", limit="SCHEME://BUCKET/PREFIX", remedy=_STORAGE_REMEDY)
         return value
     if not os.path.isabs(os.path.expanduser(value)):
@@ -55,5 +61,13 @@ class ClusterConfig(StrictModel):
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of the whole YAML, for editors and ``manta config schema``."""
-    return ClusterConfig.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    """JSON schema of the whole YAML, for editors and ``manta config schema``; defaults as people write them."""
+    schema = ClusterConfig.model_json_schema()
+    sections = {section.__name__: section for section in StrictModel.__subclasses__()}
+    for name, described in [("ClusterConfig", schema), *schema["$defs"].items()]:
+        written = sections[name].model_construct().model_dump(mode="json")
+        for key, described_key in described["properties"].items():
+            described_key.pop("title", None)
+            if "default" in described_key:
+                described_key["default"] = written[key]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema

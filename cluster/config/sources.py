@@ -7,6 +7,7 @@ registry://MODEL@ALIAS-OR-VERSION          a version that is already in Manta's 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
@@ -160,7 +161,12 @@ def _refuse_odd_parts(path: str, scheme: str) -> None:
         refuse("has an empty, . or .. part in its path", limit=GRAMMAR[scheme], remedy="write the path plainly")
 
 
-_READERS = {"wheel": _read_wheel, "hf": _read_hf, "path": _read_path, "registry": _read_registry}
+_READERS: dict[str, Callable[[str], AnySource]] = {
+    "wheel": _read_wheel,
+    "hf": _read_hf,
+    "path": _read_path,
+    "registry": _read_registry,
+}
 
 
 def parse_source(value: object) -> AnySource:
