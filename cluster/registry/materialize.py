@@ -1,0 +1,137 @@
+"""Materializing: a version becomes a local directory with its files, every one verified against the manifest.
+
+A local registry's blobs are hard-linked, so a version costs no second copy and outlives its removal by GC while a process
+still reads it; a remote one's are downloaded once into the cache. The directory appears whole, by a rename, and any
+number of processes may ask for it at once. Each process verifies each version once.
+"""
+
+import os
+import shutil
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from cluster.errors import RegistryError
+from cluster.registry.manifest import FileEntry, ModelVersion
+from cluster.registry.progress import ByteCount, Progress, no_progress
+from cluster.registry.store import Registry, blob_path
+from cluster.registry.tree import TEMPORARY_PREFIX, LocalTree, file_sha256, remove_folder
+
+_verified: set[Path] = set()
+"""Directories that this process has verified."""
+
+
+def materialize(registry: Registry, version: ModelVersion, *, progress: Progress = no_progress) -> Path:
+    """A local directory with the files of ``version``, verified; read it, never write it.
+
+    A damaged download is fetched again once. RegistryError naming file and digests when the bytes are still wrong.
+    """
+    directory = registry.cache / "models" / version.name / f"{version.version}-{version.content_digest[:16]}"
+    if directory in _verified and directory.is_dir():
+        return directory
+    if directory.is_dir():
+        if _damaged(version, directory, progress) is None:
+            _verified.add(directory)
+            return directory
+        remove_folder(directory)
+    _build(registry, version, directory, progress)
+    damaged = _damaged(version, directory, progress)
+    if damaged is not None:
+        remove_folder(directory)
+        raise RegistryError(damaged)
+    _verified.add(directory)
+    return directory
+
+
+def verify(
+    registry: Registry, version: ModelVersion, *, remove_damaged: bool = False, progress: Progress = no_progress
+) -> list[str]:
+    """What is wrong with the blobs of ``version``, one line each; empty when all is well.
+
+    ``remove_damaged`` also deletes the blobs that are wrong, so that the next import of the same bytes writes them anew.
+    """
+    count = ByteCount(progress, f"verifying {version.reference}", version.total_bytes)
+    problems = []
+    for entry in version.files:
+        problem = _check_blob(registry, version, entry, count)
+        if problem is not None:
+            problems.append(problem)
+            if remove_damaged:
+                registry.tree.remove(blob_path(entry.sha256))
+    return problems
+
+
+def _check_blob(registry: Registry, version: ModelVersion, entry: FileEntry, count: ByteCount) -> str | None:
+    tree, path = registry.tree, blob_path(entry.sha256)
+    size = tree.size(path)
+    if size != entry.size:
+        found = "is missing" if size is None else f"has {size} bytes"
+        return f"{version.reference}: the blob of {entry.path} {found}, published with {entry.size} bytes; import it again"
+    if isinstance(tree, LocalTree):
+        actual = file_sha256(tree.local_path(path), count.add)
+    else:
+        target = _temporary(registry.cache / "verify")
+        try:
+            tree.get(path, target, count.add)
+            actual = file_sha256(target)
+        finally:
+            target.unlink(missing_ok=True)
+    return None if actual == entry.sha256 else _damage_text(version, entry, actual)
+
+
+def _build(registry: Registry, version: ModelVersion, directory: Path, progress: Progress) -> None:
+    temporary = _temporary(directory.parent)
+    count = ByteCount(progress, f"fetching {version.reference}", version.total_bytes)
+    try:
+        for entry in version.files:
+            target = temporary / entry.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _place(registry, version, entry, target, count)
+        with suppress(OSError):  # another process was first: its directory is as good
+            os.rename(temporary, directory)
+    finally:
+        remove_folder(temporary)
+    if not directory.is_dir():
+        raise RegistryError(f"{directory} could not be made; check that {registry.cache} is writable and has space")
+
+
+def _place(registry: Registry, version: ModelVersion, entry: FileEntry, target: Path, count: ByteCount) -> None:
+    path = blob_path(entry.sha256)
+    try:
+        if not isinstance(registry.tree, LocalTree):
+            registry.tree.get(path, target, count.add)
+            return
+        try:
+            os.link(registry.tree.local_path(path), target)
+        except FileNotFoundError:
+            raise
+        except OSError:  # the cache is on another file system, or links are not allowed here
+            shutil.copyfile(registry.tree.local_path(path), target)
+        count.add(entry.size)
+    except FileNotFoundError as error:
+        raise RegistryError(f"{version.reference}: the blob of {entry.path} is missing; import it again") from error
+
+
+def _damaged(version: ModelVersion, directory: Path, progress: Progress) -> str | None:
+    count = ByteCount(progress, f"verifying {version.reference}", version.total_bytes)
+    for entry in version.files:
+        try:
+            actual = file_sha256(directory / entry.path, count.add)
+        except FileNotFoundError:
+            return f"{version.reference}: {entry.path} is missing from {directory}"
+        if actual != entry.sha256:
+            return _damage_text(version, entry, actual)
+    return None
+
+
+def _damage_text(version: ModelVersion, entry: FileEntry, actual: str) -> str:
+    return (
+        f"{version.reference}: {entry.path} is damaged: sha256 {actual}, published as {entry.sha256}; "
+        f"run `manta models verify {version.reference} --remove-damaged` and import it again"
+    )
+
+
+def _temporary(folder: Path) -> Path:
+    path = folder / f"{TEMPORARY_PREFIX}{os.getpid()}-{uuid.uuid4().hex}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return path
