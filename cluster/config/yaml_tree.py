@@ -4,7 +4,6 @@ Stricter than YAML 1.1 on purpose: a key written twice, ``yes``/``on`` for true,
 ninety are refused, because readers of the file would disagree about what they mean.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -94,6 +93,7 @@ _SYNTAX = (
     ("end of stream", "a quote is not closed", "close the quote"),
     ("unknown escape", "an unknown \\ escape in double quotes", "use single quotes, or write \\\\"),
     ("special characters", "a control character", "remove it"),
+    ("expected the node content", "a value or a closing bracket is missing", "complete the line"),
     ("cannot start any token", "a character that text without quotes cannot begin with", "put the text in quotes"),
 )
 
@@ -264,7 +264,7 @@ def _written(node: yaml.Node) -> str | None:
         if node.tag == f"{_TAG}null":
             return None
         quoted = node.style in ("'", '"')
-        return shorten(json.dumps(node.value, ensure_ascii=False) if quoted else node.value)
+        return shorten(f'"{node.value}"' if quoted and node.value.isprintable() else node.value)
     if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
         return shorten("[" + ", ".join(item.value for item in node.value[:32]) + "]")
     return None
