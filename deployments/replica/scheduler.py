@@ -1,0 +1,321 @@
+"""Sequences and free blocks enter, the next micro-batch leaves: continuous batching, decided without any I/O.
+
+One call of :meth:`Scheduler.plan` composes one step under a token budget: first one token for each decoding
+sequence of this micro-batch's share, then chunks of prompts, oldest first. Up to ``num_stages`` steps are in flight,
+so that every stage has one to work on. A sequence takes part in one sampling step at a time; chunks of its prompt
+that need no sample may follow one another through the stages.
+
+Why nobody starves: decoding goes first but always leaves a part of the budget to prompts (``decode_share``);
+sequences are admitted in order of arrival and one that does not fit blocks those behind it; when blocks run out the
+youngest sequence gives up its own, so the oldest always advances.
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from deployments.messages import Sample, StepInput, StepOutput
+from deployments.replica.blocks import BlockPool
+from deployments.replica.sequence import Sequence, SequenceState
+
+_PREFILL_RESERVE = 8  # decoding leaves at least an eighth of the budget to waiting prompts
+
+
+class StepMismatch(Exception):
+    """The stages answered something that was not asked: the replica and its stages have lost each other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one micro-batch and of all of them together.
+
+    ``min_decode_split``: decoding sequences are not spread so thin that a micro-batch has fewer than this, because
+    a step over one costs about as much as a step over two. ``min_prefill_chunk``: likewise for prompt tokens.
+    """
+
+    num_stages: int
+    max_running: int
+    max_step_tokens: int
+    min_decode_split: int = 2
+    min_prefill_chunk: int = 64
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for limits under which nothing could run."""
+        for name in ("num_stages", "max_running", "max_step_tokens", "min_decode_split", "min_prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_step_tokens < 2:
+            raise ValueError("max_step_tokens is 1; it must be at least 2: one to decode and one of a prompt")
+
+
+def decode_share(config: SchedulerConfig, num_decoding: int, *, prompts_wait: bool) -> int:
+    """How many decoding sequences the next micro-batch may take, of ``num_decoding`` in flight or ready.
+
+    An equal part per stage, so that with 2 stages and 8 sequences two micro-batches of 4 alternate. Prompts that
+    wait keep a part of the token budget.
+    """
+    reserve = max(1, config.max_step_tokens // _PREFILL_RESERVE) if prompts_wait else 0
+    share = _even_part(num_decoding, config.num_stages, config.min_decode_split)
+    return min(share, config.max_step_tokens - reserve)
+
+
+def prefill_share(config: SchedulerConfig, num_pending_tokens: int, num_free_slots: int) -> int:
+    """How many prompt tokens the next micro-batch may take: what is pending, spread over the idle stages."""
+    return _even_part(num_pending_tokens, num_free_slots, config.min_prefill_chunk)
+
+
+def _even_part(amount: int, max_parts: int, min_part: int) -> int:
+    """Size of one part when ``amount`` is cut evenly into at most ``max_parts``, none smaller than ``min_part``."""
+    num_parts = min(max_parts, max(1, amount // min_part))
+    return -(-amount // num_parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InFlight:
+    step: int
+    sampled: tuple[Sequence, ...]
+    num_tokens: int
+
+
+class Scheduler:
+    """All sequences of one replica: who waits, who runs, and what the stages are asked next."""
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        self.num_prefix_hits = 0
+        self.num_steps = 0
+        self._pool = pool
+        self._waiting: list[Sequence] = []
+        self._running: dict[int, Sequence] = {}
+        self._prefilling: dict[int, Sequence] = {}
+        self._ready: dict[int, Sequence] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._ended: list[int] = []
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps sent and not answered."""
+        return len(self._in_flight)
+
+    @property
+    def waiting(self) -> AnySequence[Sequence]:
+        """Sequences without blocks, oldest first."""
+        return self._waiting
+
+    @property
+    def running(self) -> AnySequence[Sequence]:
+        """Sequences with blocks."""
+        return tuple(self._running.values())
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence by its age."""
+        insort(self._waiting, sequence, key=_age)
+
+    def end(self, sequence: Sequence) -> None:
+        """Finished or cancelled: free its blocks now, even while a step with it is in flight."""
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.state is SequenceState.RUNNING:
+            self._leave(sequence)
+        sequence.blocks = ()
+        sequence.state = SequenceState.FINISHED
+
+    def _leave(self, sequence: Sequence) -> None:
+        del self._running[sequence.sequence_id]
+        self._prefilling.pop(sequence.sequence_id, None)
+        self._ready.pop(sequence.sequence_id, None)
+        self._pool.free(sequence.blocks)
+        if sequence.announced:
+            self._ended.append(sequence.sequence_id)
+
+    def plan(self) -> StepInput | None:
+        """The next micro-batch, to be sent to every stage now; None when the pipeline is full or nothing can run."""
+        if len(self._in_flight) >= self.config.num_stages:
+            return None
+        parts = [(sequence, 1) for sequence in self._choose_decodes()]
+        parts += self._choose_prefills(self.config.max_step_tokens - len(parts))
+        return self._dispatch(parts) if parts else None
+
+    def _choose_decodes(self) -> list[Sequence]:
+        num_decoding = len(self._running) - len(self._prefilling)
+        prompts_wait = bool(self._prefilling or self._waiting)
+        share = decode_share(self.config, num_decoding, prompts_wait=prompts_wait)
+        # Oldest first, so that a preemption below never hits a sequence already chosen here.
+        candidates = sorted(islice(self._ready.values(), share), key=_age)
+        return [sequence for sequence in candidates if self._extend(sequence)]
+
+    def _extend(self, sequence: Sequence) -> bool:
+        """Make room for one more position, taking blocks from the youngest if need be; False if it lost its own."""
+        if sequence.state is not SequenceState.RUNNING:
+            return False
+        if sequence.num_computed < len(sequence.blocks) * self._pool.block_tokens:
+            return True
+        while (block := self._pool.allocate(1)) is None:
+            youngest = max(self._running.values(), key=_age)
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.blocks += block
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take all blocks; if a sample is in flight it is still taken in :meth:`complete`, being a valid token."""
+        self._leave(sequence)
+        sequence.reset_for_recompute()
+        self.add(sequence)
+        self.num_preemptions += 1
+
+    def _choose_prefills(self, budget: int) -> list[tuple[Sequence, int]]:
+        num_free_slots = self.config.num_stages - len(self._in_flight)
+        pending = self._count_pending(budget * num_free_slots)
+        left = min(budget, prefill_share(self.config, pending, num_free_slots)) if pending else 0
+        parts = []
+        for sequence in sorted(self._prefilling.values(), key=_age):
+            if left == 0:
+                break
+            parts.append((sequence, min(left, sequence.num_uncomputed)))
+            left -= parts[-1][1]
+        index = 0
+        while left > 0 and index < len(self._waiting) and len(self._running) < self.config.max_running:
+            sequence = self._waiting[index]
+            if sequence.waits_for_leader:
+                index += 1  # its turn comes with the step after its leader's prompt
+                continue
+            if sequence.sample_step is not None or not self._admit(sequence):
+                break
+            del self._waiting[index]
+            parts.append((sequence, min(left, sequence.num_uncomputed)))
+            left -= parts[-1][1]
+        return parts
+
+    def _count_pending(self, enough: int) -> int:
+        """Prompt tokens that could be computed now, counted up to ``enough``."""
+        pending = 0
+        for sequence in self._prefilling.values():
+            pending += sequence.num_uncomputed
+        for sequence in self._waiting:
+            if pending >= enough:
+                break
+            if not sequence.waits_for_leader:
+                pending += sequence.num_uncomputed
+        return min(pending, enough)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence blocks for all its tokens, cached ones first; False (no change) if they are short.
+
+        Leaves one block for each running sequence to grow into, so that a newcomer is not preempted at once.
+        """
+        pool = self._pool
+        matched: tuple[int, ...] = ()
+        if pool.prefix_caching:
+            # At least the last token is computed even when all of them are cached: somebody must ask for the sample.
+            num_cacheable = (len(sequence.tokens) - 1) // pool.block_tokens
+            pool.extend_digests(sequence.digests, sequence.tokens, num_cacheable)
+            matched = pool.match_prefix(sequence.digests[:num_cacheable])
+        num_new = pool.num_needed(len(sequence.tokens)) - len(matched)
+        if not pool.can_take(matched, num_new + len(self._running)):
+            return False
+        pool.acquire(matched)
+        allocated = pool.allocate(num_new)
+        assert allocated is not None, "can_take promised these blocks; this is a bug"
+        self._enter(sequence, matched, allocated)
+        return True
+
+    def _enter(self, sequence: Sequence, matched: tuple[int, ...], allocated: tuple[int, ...]) -> None:
+        sequence.state = SequenceState.RUNNING
+        sequence.blocks = matched + allocated
+        sequence.num_computed = len(matched) * self._pool.block_tokens
+        sequence.num_registered = len(matched)
+        self._running[sequence.sequence_id] = sequence
+        self._prefilling[sequence.sequence_id] = sequence
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+            self.num_prefix_queries += len(sequence.tokens)
+            self.num_prefix_hits += sequence.num_computed
+
+    def _dispatch(self, parts: list[tuple[Sequence, int]]) -> StepInput:
+        self.num_steps += 1
+        started = []
+        steps = []
+        for sequence, num_tokens in parts:
+            if not sequence.announced:
+                started.append(sequence.start())
+                sequence.announced = True
+            steps.append(sequence.advance(num_tokens, self.num_steps))
+            self._ready.pop(sequence.sequence_id, None)
+            if steps[-1].sample:
+                self._prefilling.pop(sequence.sequence_id, None)
+        for sequence, _ in parts:
+            self._register(sequence)
+        self._in_flight.append(
+            _InFlight(
+                step=self.num_steps,
+                sampled=tuple(part[0] for part, step in zip(parts, steps, strict=True) if step.sample),
+                num_tokens=sum(num_tokens for _, num_tokens in parts),
+            )
+        )
+        ended, self._ended = tuple(self._ended), []
+        return StepInput(step=self.num_steps, sequences=tuple(steps), started=tuple(started), ended=ended)
+
+    def _register(self, sequence: Sequence) -> None:
+        """Offer the blocks that this step fills to the prefix cache, for the steps after it."""
+        num_full = sequence.num_computed // self._pool.block_tokens
+        if num_full == sequence.num_registered or not self._pool.prefix_caching:
+            return
+        self._pool.extend_digests(sequence.digests, sequence.tokens, num_full)
+        for index in range(sequence.num_registered, num_full):
+            self._pool.register(sequence.blocks[index], sequence.digests[index])
+        sequence.num_registered = num_full
+
+    def complete(self, output: StepOutput) -> list[tuple[Sequence, Sample]]:
+        """Take the oldest step's samples; returns those of live sequences, appended to them and ready to go on.
+
+        Raises StepMismatch when the output is not the answer to the oldest step in flight.
+        """
+        if not self._in_flight or self._in_flight[0].step != output.step:
+            expected = self._in_flight[0].step if self._in_flight else "none"
+            raise StepMismatch(f"the last stage answered step {output.step}; expected {expected}")
+        done = self._in_flight.popleft()
+        wanted = [sequence.sequence_id for sequence in done.sampled]
+        if [sample.sequence_id for sample in output.samples] != wanted:
+            got = [sample.sequence_id for sample in output.samples]
+            raise StepMismatch(f"step {output.step} sampled sequences {got}; expected {wanted}")
+        taken = []
+        for sequence, sample in zip(done.sampled, output.samples, strict=True):
+            if sequence.state is SequenceState.FINISHED:
+                continue
+            sequence.append(sample.token_id)
+            if sequence.state is SequenceState.RUNNING:
+                self._ready[sequence.sequence_id] = sequence
+            taken.append((sequence, sample))
+        return taken
+
+    def reset(self, num_stages: int | None = None) -> None:
+        """The stages are new and know nothing: every running sequence waits again, steps in flight never happened."""
+        for sequence in self._running.values():
+            sequence.reset_for_recompute()
+            self.add(sequence)
+        for sequence in self._waiting:
+            sequence.sample_step = None
+            sequence.announced = False
+        self._running.clear()
+        self._prefilling.clear()
+        self._ready.clear()
+        self._in_flight.clear()
+        self._ended.clear()
+        self._pool.reset()
+        if num_stages is not None:
+            self.config = replace(self.config, num_stages=num_stages)
+
+
+def _age(sequence: Sequence) -> int:
+    return sequence.sequence_id

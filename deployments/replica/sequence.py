@@ -1,0 +1,118 @@
+"""One sequence: enters as prompt and parameters, leaves as emitted tokens; all else it holds can be recomputed.
+
+    WAITING -> RUNNING -> FINISHED
+       ^          |
+       +----------+  preempted (blocks taken away) or stages lost: ``reset_for_recompute``
+
+The unit of recovery is (prompt, parameters, seed, choice, emitted tokens). Block table, position and digests are
+derived: after a reset the same tokens follow, because a token is a function of the tokens before it, the seed, the
+choice and the position alone.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from deployments.messages import SamplingParams, SequenceStart, SequenceStep
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence stands; only RUNNING ones hold blocks."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """State of one choice of one request.
+
+    ``sequence_id`` grows in order of arrival, so a smaller id is an older sequence. ``tokens`` are prompt and
+    emitted tokens. ``num_computed`` counts positions whose keys and values are in the cache or will be once the
+    steps already sent have run; stages run steps in the order sent, so no later step can tell the difference.
+    """
+
+    sequence_id: int
+    tokens: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    choice: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    leader: "Sequence | None" = None
+    """First choice of the same request: the others wait for its prompt, then share it through the prefix cache."""
+
+    state: SequenceState = SequenceState.WAITING
+    num_computed: int = 0
+    blocks: tuple[int, ...] = ()
+    num_registered: int = 0
+    """Leading blocks that were offered to the prefix cache."""
+    digests: list[bytes] = field(default_factory=list)
+    """Digest chain over the full blocks of ``tokens``; grows on demand."""
+    sample_step: int | None = None
+    """The step in flight that will bring this sequence's next token."""
+    announced: bool = False
+    """The stages hold this sequence's SequenceStart."""
+    num_cached: int | None = None
+    """Prompt tokens that the prefix cache had when the sequence first ran; None before."""
+
+    @property
+    def num_emitted(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose keys and values no step has been asked for yet."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def waits_for_leader(self) -> bool:
+        """Whether the prompt that this sequence will share is still being computed."""
+        leader = self.leader
+        if leader is None or self.num_cached is not None or leader.state is SequenceState.FINISHED:
+            return False
+        return leader.num_computed < leader.num_prompt_tokens
+
+    def start(self) -> SequenceStart:
+        """What the sampling stage must know before this sequence's next sample."""
+        return SequenceStart(
+            sequence_id=self.sequence_id,
+            token_ids=tuple(self.tokens),
+            num_prompt_tokens=self.num_prompt_tokens,
+            sampling=self.sampling,
+            seed=self.seed,
+            choice=self.choice,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def advance(self, num_tokens: int, step: int) -> SequenceStep:
+        """Count the next ``num_tokens`` as computed by ``step``; asks for a sample when they are the last ones."""
+        start = self.num_computed
+        stop = start + num_tokens
+        assert num_tokens > 0, "a step must compute something; this is a bug"
+        assert stop <= len(self.tokens), "a step computes known tokens only; this is a bug"
+        self.num_computed = stop
+        sample = stop == len(self.tokens)
+        if sample:
+            self.sample_step = step
+        return SequenceStep(
+            sequence_id=self.sequence_id,
+            token_ids=tuple(self.tokens[start:stop]),
+            position=start,
+            block_ids=self.blocks,
+            sample=sample,
+        )
+
+    def append(self, token_id: int) -> None:
+        """Take the sampled token; the step that brought it is no longer in flight."""
+        self.tokens.append(token_id)
+        self.sample_step = None
+
+    def reset_for_recompute(self) -> None:
+        """Forget all that can be recomputed; a sample still in flight stays expected (it is a valid token)."""
+        self.state = SequenceState.WAITING
+        self.num_computed = 0
+        self.blocks = ()
+        self.num_registered = 0
+        self.announced = False

@@ -1,0 +1,310 @@
+"""Prompts become token ids, and token ids become text, one token at a time.
+
+:class:`TextTokenizer` wraps a model's fast tokenizer. :class:`TokenStream` turns tokens into text that never ends in
+half a character. :class:`StopChecker` holds back only what could still become a stop string.
+
+Most tokenizers spell a token as bytes (byte-level BPE; sentencepiece with byte fallback). For those the text is the
+UTF-8 decoding of the tokens' bytes, in time independent of the length, and the same bytes serve ``logprobs``. Any
+other decoder (WordPiece) goes through ``tokenizers.decoders.DecodeStream``.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from deployments.messages import (
+    ChatPrompt,
+    ChosenLogprob,
+    Detokenize,
+    Detokenized,
+    Prompt,
+    RefusalCode,
+    Sample,
+    TextPrompt,
+    TokenLogprob,
+)
+
+Spelling = Literal["byte_level", "sentencepiece", "other"]
+
+_SPACE_MARK = "\u2581"
+_SENTENCEPIECE_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+_utf8_replacing = codecs.getincrementaldecoder("utf-8")
+
+
+class PromptError(Exception):
+    """A prompt that cannot become tokens; ``code``, ``message`` and ``param`` are those of the refusal."""
+
+    def __init__(self, code: RefusalCode, message: str, param: str | None) -> None:
+        super().__init__(code, message, param)
+        self.code: RefusalCode = code
+        self.message = message
+        self.param = param
+
+
+class TokenStream(Protocol):
+    """Incremental detokenization of one sequence."""
+
+    def push(self, token_id: int) -> str:
+        """Take the next token; returns the text that is now certain, which may be empty."""
+        ...
+
+
+class TextTokenizer:
+    """A model's tokenizer: encodes prompts, spells tokens, and knows which tokens end a text.
+
+    ``tokenizer`` is a transformers tokenizer with a ``tokenizers`` backend; ValueError for one without.
+    """
+
+    def __init__(self, tokenizer: Any, eos_token_ids: Iterable[int]) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ValueError(
+                f"{type(tokenizer).__name__} is not backed by the tokenizers library, so it cannot be decoded "
+                "incrementally; convert it to a tokenizer.json"
+            )
+        # An input that is too long is refused, never cut; batches are padded by the model runtime.
+        backend.no_truncation()
+        backend.no_padding()
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self._tokenizer = tokenizer
+        self._backend = backend
+        self._spelling = _spelling(json.loads(backend.to_str()).get("decoder"))
+        added = backend.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def load(cls, directory: Path) -> "TextTokenizer":
+        """Read tokenizer and end tokens of the checkpoint in ``directory``."""
+        from transformers import AutoTokenizer  # heavy: only the process that loads a tokenizer pays for it
+
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return cls(tokenizer, read_eos_token_ids(directory, tokenizer.eos_token_id))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; raises PromptError. Safe to call from several threads."""
+        if isinstance(prompt, TextPrompt):
+            token_ids = self.encode_text(prompt.text, add_special_tokens=prompt.add_special_tokens)
+        elif isinstance(prompt, ChatPrompt):
+            token_ids = self.encode_text(self._render(prompt), add_special_tokens=False, param="messages")
+        else:
+            token_ids = list(prompt.token_ids)
+        if not token_ids:
+            raise PromptError("invalid_request", "the prompt has no tokens; write at least one", _param(prompt))
+        return token_ids
+
+    def encode_text(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        """Token ids of ``text``, which may be empty; PromptError for text that is not Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            message = f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+            raise PromptError("invalid_request", f"{message}; send valid Unicode", param) from error
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def _render(self, prompt: ChatPrompt) -> str:
+        if not getattr(self._tokenizer, "chat_template", None):
+            message = "this model has no chat template, so it cannot chat; use /v1/completions"
+            raise PromptError("unsupported", message, "messages")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(prompt.messages), tokenize=False, add_generation_prompt=prompt.add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            message = f"the model's chat template does not take these messages: {error}"
+            raise PromptError("invalid_request", message, "messages") from error
+        return str(text)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ``token_ids``; an incomplete character shows as U+FFFD."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def detokenize(self, request: Detokenize) -> Detokenized:
+        """Answer a Detokenize; raises PromptError for ids outside the vocabulary."""
+        for token_id in request.token_ids:
+            if not 0 <= token_id < self.vocab_size:
+                message = f"token id {token_id} is not in the vocabulary of {self.vocab_size}"
+                raise PromptError("invalid_request", message, "tokens")
+        return Detokenized(
+            request_id=request.request_id, text=self.decode(request.token_ids, skip_special_tokens=False)
+        )
+
+    def stream(self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> TokenStream:
+        """Begin to decode what follows ``prompt_ids``; a word's leading space is kept, as it continues a text."""
+        skipped = self._special if skip_special_tokens else frozenset[int]()
+        if self._spelling == "other":
+            return _WindowStream(self._backend, prompt_ids, skip_special_tokens=skip_special_tokens)
+        at_start = self._spelling == "sentencepiece" and self._special.issuperset(prompt_ids)
+        return _ByteStream(self, skipped, strip_space=at_start)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, possibly part of a character; empty for ids without a token."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spell(token_id)
+        return known
+
+    def _spell(self, token_id: int) -> bytes:
+        token = self._added.get(token_id) or self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._spelling == "byte_level":
+            return _spell_byte_level(token)
+        if self._spelling == "sentencepiece" and token_id not in self._added:
+            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                return bytes([int(token[3:5], 16)])
+            return token.replace(_SPACE_MARK, " ").encode()
+        return token.encode()
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token on its own; bytes that are no character show as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def logprobs(self, sample: Sample) -> ChosenLogprob:
+        """Spell a sample's log-probabilities out; they must have been asked for."""
+        assert sample.logprob is not None, "the stage sent no logprob for a sample that asked for it; this is a bug"
+        return ChosenLogprob(
+            self._token_logprob(sample.token_id, sample.logprob),
+            tuple(self._token_logprob(token_id, logprob) for token_id, logprob in sample.top),
+        )
+
+    def _token_logprob(self, token_id: int, logprob: float) -> TokenLogprob:
+        raw = self.token_bytes(token_id)
+        return TokenLogprob(token_id, raw.decode("utf-8", errors="replace"), raw, logprob)
+
+
+class _ByteStream:
+    """Concatenates the tokens' bytes and lets whole characters through."""
+
+    def __init__(self, tokenizer: TextTokenizer, skipped: frozenset[int], *, strip_space: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = skipped
+        self._strip_space = strip_space
+        self._decoder = _utf8_replacing(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        raw = self._tokenizer.token_bytes(token_id)
+        if self._strip_space and raw:
+            raw = raw.removeprefix(b" ")
+            self._strip_space = False
+        return self._decoder.decode(raw)
+
+
+class _WindowStream:
+    """Decodes a short window of tokens again and again; for decoders whose tokens have no bytes of their own."""
+
+    def __init__(self, backend: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+        self._backend = backend
+        self._stream = DecodeStream(ids=list(prompt_ids[-8:]), skip_special_tokens=skip_special_tokens)
+
+    def push(self, token_id: int) -> str:
+        piece: str | None = self._stream.step(self._backend, token_id)
+        return piece or ""
+
+
+class StopChecker:
+    """Looks for stop strings in text that arrives in pieces.
+
+    Of several stop strings the one that is complete first wins, the longest of those; so the outcome depends on the
+    text alone, not on how it was cut. Text is held back only while its end could be the beginning of a stop string.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._include_stop = include_stop
+        self._inner_characters = frozenset("".join(stop[:-1] for stop in stops))
+        self._held = ""
+
+    def feed(self, text: str, *, armed: bool = True) -> tuple[str, str | None]:
+        """Take more text; returns what may be shown now, and the stop string if one is complete.
+
+        ``armed=False`` passes the text through: nothing in it, nor anything that begins in it, counts as a stop.
+        """
+        if not self._stops or not armed:
+            return text, None
+        text = self._held + text
+        self._held = ""
+        hits = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if hits:
+            end, start, stop = min(hits)
+            return text[: end if self._include_stop else start], stop
+        cut = len(text) - self._num_pending(text)
+        self._held = text[cut:]
+        return text[:cut], None
+
+    def flush(self) -> str:
+        """The text held back, once no more can come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _num_pending(self, text: str) -> int:
+        """Length of the longest end of ``text`` that begins a stop string."""
+        if not text or text[-1] not in self._inner_characters:
+            return 0
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+
+def read_eos_token_ids(directory: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """Tokens that end a text: of ``generation_config.json``, else of ``config.json``, else the tokenizer's own.
+
+    The same order of precedence as transformers' ``generate``.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        eos = content.get("eos_token_id", content.get("text_config", {}).get("eos_token_id"))
+        if eos is not None:
+            return (eos,) if isinstance(eos, int) else tuple(eos)
+    return () if tokenizer_eos is None else (tokenizer_eos,)
+
+
+def _param(prompt: Prompt) -> str:
+    return "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+
+
+def _spelling(decoder: dict[str, Any] | None) -> Spelling:
+    """How the tokens of a ``tokenizer.json`` with this decoder spell bytes."""
+    if decoder is None:
+        return "other"
+    steps = {step["type"] for step in decoder.get("decoders", [decoder])}
+    if "ByteLevel" in steps and steps <= {"ByteLevel", "Fuse"}:
+        return "byte_level"
+    return "sentencepiece" if steps <= _SENTENCEPIECE_STEPS else "other"
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Byte-level BPE's characters and the bytes they stand for (Radford et al. 2019).
+
+    Printable Latin-1 characters stand for themselves, all other bytes for the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if chr(byte) not in alphabet)
+    return alphabet | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level_alphabet()
+
+
+def _spell_byte_level(token: str) -> bytes:
+    if all(character in _BYTE_LEVEL for character in token):
+        return bytes(_BYTE_LEVEL[character] for character in token)
+    return token.encode()  # an added token outside the alphabet is taken as it is written
