@@ -1,0 +1,97 @@
+"""Where Serve deployments are bound together: arguments from the plan in, Serve applications out.
+
+Serve calls a builder with the ``args`` of its config and reads the type from the signature, so this module does
+without postponed annotations.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from cluster.control.code import check_code_digest
+from cluster.plan.placement import replica_bundles
+from cluster.plan.types import GatewayAppArgs, GatewaySettings, ModelAppArgs, RoutingTable
+from deployments.gateway.app import create_app
+from deployments.gateway.metrics import GatewayTelemetry
+from deployments.replica.server import Replica, autoscaling
+from deployments.router.connection import ReplicaEndpoint
+from deployments.router.pool import ReplicaPool
+from deployments.router.router import Router
+
+# Long enough for a stream to end by itself; the replica ends what is left at its own drain timeout.
+_GRACE_S = 10.0
+
+# What a gateway knows between its start and its first routing table: nothing is served, nothing is accepted.
+_CLOSED = RoutingTable(
+    settings=GatewaySettings(
+        max_body_bytes=1,
+        max_streams=1,
+        request_timeout_s=1.0,
+        max_choices=1,
+        max_stop_strings=0,
+        max_logprobs=0,
+    ),
+    routes=(),
+)
+
+
+def build_model(args: ModelAppArgs) -> Application:
+    """The application of one model version: the deployment ``Replica``, one placement group per replica."""
+    deployment = serve.deployment(Replica).options(
+        ray_actor_options={"num_cpus": args.replica_cpus},
+        placement_group_bundles=replica_bundles(args),
+        placement_group_strategy=args.placement_strategy,
+        autoscaling_config=autoscaling(args),
+        max_ongoing_requests=1000,
+        max_constructor_retry_count=1,
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=args.drain_timeout_s + _GRACE_S,
+        max_surge_percent=100,
+    )
+    return deployment.bind(args)
+
+
+def build_gateway(args: GatewayAppArgs) -> Application:
+    """The gateway application: the deployment ``Gateway``, which speaks HTTP and routes by its ``user_config``."""
+    deployment = serve.deployment(serve.ingress()(Gateway)).options(
+        num_replicas=args.num_replicas,
+        ray_actor_options={"num_cpus": args.cpus},
+        max_ongoing_requests=100_000,
+        health_check_period_s=2.0,
+        max_surge_percent=100,
+    )
+    return deployment.bind(args)
+
+
+class Gateway:
+    """One gateway replica: the OpenAI surface over a router. Its routing table is replaced in place."""
+
+    async def __init__(self, args: GatewayAppArgs) -> None:
+        check_code_digest(args.code_digest)
+        self._router = Router(_CLOSED, open_pool)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Route by a new table; Serve calls this at start and on every change."""
+        self._router.replace(RoutingTable.model_validate(user_config))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve asks for the ASGI application once the constructor is done."""
+        return create_app(self._router, GatewayTelemetry())
+
+
+def open_pool(app: str) -> ReplicaPool:
+    """The replicas of application ``app``, found through its Serve handle."""
+    handle: DeploymentHandle = serve.get_deployment_handle("Replica", app_name=app)
+
+    async def discover() -> list[ReplicaEndpoint]:
+        return await handle.broadcast("endpoint").results_async()
+
+    async def wake() -> ReplicaEndpoint:
+        return await handle.endpoint.remote()
+
+    return ReplicaPool(app, discover, wake)

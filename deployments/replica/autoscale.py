@@ -1,0 +1,36 @@
+"""How many replicas a model should have: the replicas' own reports in, a number out.
+
+Serve unpickles this class in its controller, so the module imports nothing of ours; Serve itself applies the
+bounds and the delays.
+"""
+
+import math
+from typing import Any
+
+
+class WaitingTokensPolicy:
+    """One more replica while prompt tokens wait above the target; one less when the rest could take all the work.
+
+    ``target_waiting_tokens`` is per replica. A deployment at zero goes to one as soon as anybody asks for it.
+    """
+
+    def __init__(self, target_waiting_tokens: int) -> None:
+        self._target = target_waiting_tokens
+
+    def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
+        """The desired number of replicas, and no state."""
+        current = ctx.current_num_replicas
+        if current == 0:
+            return (1 if ctx.total_num_requests > 0 else 0), {}
+        waiting = _total(ctx, "waiting_tokens")
+        busy = _total(ctx, "kv_used_fraction")
+        if waiting > self._target * current:
+            return max(current + 1, math.ceil(waiting / self._target)), {}
+        if waiting == 0 and busy <= (current - 1) * 0.5:
+            return current - 1, {}
+        return ctx.target_num_replicas, {}
+
+
+def _total(ctx: Any, name: str) -> float:
+    """Sum over the replicas of a metric they reported; 0 before the first report."""
+    return float(sum((ctx.aggregated_metrics or {}).get(name, {}).values()))

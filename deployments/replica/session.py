@@ -1,0 +1,137 @@
+"""One gateway's conversation with this replica: requests in, replies out, until the gateway leaves."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from numpy import float32
+from numpy.typing import NDArray
+
+from deployments.channel import Channel, ChannelError
+from deployments.messages import (
+    Cancel,
+    Delta,
+    Detokenize,
+    Detokenized,
+    Embed,
+    Embedded,
+    Finished,
+    Generate,
+    Load,
+    Opened,
+    Refused,
+    RequestRefused,
+    Started,
+    Tokenize,
+    Tokenized,
+)
+
+logger = logging.getLogger(__name__)
+
+LOAD_PERIOD_S = 1.0
+
+
+class Service(Protocol):
+    """What a replica can be asked; a task that it does not serve is refused as ``unsupported``."""
+
+    def generate(self, request: Generate) -> AsyncGenerator[Started | Delta | Finished]:
+        """Events of one request; closing the generator cancels it."""
+
+    async def embed(self, request: Embed) -> tuple[Embedded, NDArray[float32]]:
+        """One vector per input."""
+
+    def tokenize(self, request: Tokenize) -> Tokenized:
+        """Token ids of a prompt."""
+
+    def detokenize(self, request: Detokenize) -> Detokenized:
+        """Text of token ids."""
+
+    def load(self) -> Load:
+        """How busy the replica is."""
+
+
+class GatewaySession:
+    """Runs every request of one connection in a task of its own; all are cancelled when the connection ends."""
+
+    def __init__(self, channel: Channel, service: Service) -> None:
+        self._channel = channel
+        self._service = service
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Serve until the gateway leaves; a message that does not belong here ends the conversation."""
+        opened, _ = await self._channel.receive(timeout_s=10.0)
+        if not isinstance(opened, Opened) or opened.role != "gateway":
+            return
+        reporting = asyncio.create_task(self._report_load())
+        try:
+            while True:
+                message, _ = await self._channel.receive()
+                if isinstance(message, Cancel):
+                    self._cancel(message.request_id)
+                elif isinstance(message, Generate | Embed | Tokenize | Detokenize):
+                    self._begin(message)
+                else:
+                    logger.error("a gateway sent a %s; closing", type(message).__name__)
+                    return
+        except ChannelError:
+            return  # the gateway is gone; what it had asked for is cancelled below
+        finally:
+            tasks = (reporting, *self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _cancel(self, request_id: str) -> None:
+        task = self._tasks.get(request_id)
+        if task is not None:
+            task.cancel()
+
+    def _begin(self, request: Generate | Embed | Tokenize | Detokenize) -> None:
+        if request.request_id in self._tasks:
+            self._refuse(request.request_id, "invalid_request", "this request id is already in use")
+            return
+        task = asyncio.create_task(self._answer(request))
+        self._tasks[request.request_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
+
+    async def _answer(self, request: Generate | Embed | Tokenize | Detokenize) -> None:
+        try:
+            match request:
+                case Generate():
+                    await self._stream(request)
+                case Embed():
+                    embedded, vectors = await self._service.embed(request)
+                    await self._channel.send(embedded, [vectors.tobytes()])
+                case Tokenize():
+                    await self._channel.send(self._service.tokenize(request))
+                case Detokenize():
+                    await self._channel.send(self._service.detokenize(request))
+        except RequestRefused as error:
+            await self._channel.send(error.refused)
+        except ChannelError:
+            return  # the reader sees it too and ends the session
+        except Exception as error:
+            logger.exception("request %s failed", request.request_id)
+            self._refuse(request.request_id, "internal", f"the replica failed: {error!r}")
+
+    async def _stream(self, request: Generate) -> None:
+        events = self._service.generate(request)
+        try:
+            async for event in events:
+                await self._channel.send(event)
+        finally:
+            await events.aclose()
+
+    def _refuse(self, request_id: str, code: str, message: str) -> None:
+        refused = Refused(request_id=request_id, code=code, message=message)  # type: ignore[arg-type]
+        try:
+            self._channel.send_nowait(refused)
+        except ChannelError:
+            return  # nobody is left to tell
+
+    async def _report_load(self) -> None:
+        while True:
+            await self._channel.send(self._service.load())
+            await asyncio.sleep(LOAD_PERIOD_S)

@@ -1,0 +1,144 @@
+"""One gateway's connection to one replica: many requests share it, each hears only its own replies."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Self
+
+from deployments.channel import Channel, ChannelClosed, ChannelError
+from deployments.messages import (
+    Cancel,
+    Delta,
+    Detokenize,
+    Detokenized,
+    Embed,
+    Embedded,
+    Finished,
+    Generate,
+    Load,
+    Opened,
+    Refused,
+    RequestRefused,
+    Started,
+    Tokenize,
+    Tokenized,
+)
+
+Request = Generate | Embed | Tokenize | Detokenize
+Reply = Started | Delta | Finished | Embedded | Tokenized | Detokenized | Refused
+
+IDLE = Load(num_running=0, num_waiting=0, num_waiting_tokens=0, kv_used_fraction=0.0, draining=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaEndpoint:
+    """Where a replica listens for gateways, and the secret it accepts; handed out through Ray."""
+
+    replica_id: str
+    address: str
+    secret: bytes
+
+
+class ReplicaLostError(Exception):
+    """The connection to a replica broke while a request was open on it."""
+
+
+class ReplicaConnection:
+    """Sends requests and hands each its replies; one reader task serves all."""
+
+    def __init__(self, endpoint: ReplicaEndpoint, channel: Channel) -> None:
+        self.replica_id = endpoint.replica_id
+        self.load = IDLE
+        self._channel = channel
+        self._replies: dict[str, asyncio.Queue[tuple[Reply, list[bytes]] | ChannelError]] = {}
+        self._lost: ChannelError | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def open(cls, endpoint: ReplicaEndpoint) -> Self:
+        """Connect; raises a ChannelError when the replica is not there."""
+        channel = await Channel.connect(endpoint.address, endpoint.secret)
+        await channel.send(Opened(role="gateway"))
+        return cls(endpoint, channel)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the connection is broken for good."""
+        return self._lost is not None
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._replies)
+
+    async def wait_idle(self) -> None:
+        """Return when no request is open."""
+        await self._idle.wait()
+
+    async def replies(self, request: Request) -> AsyncGenerator[tuple[Reply, list[bytes]]]:
+        """Send ``request`` and yield what comes back for it, with buffers, until the caller stops.
+
+        Raises RequestRefused when the replica refuses, ReplicaLostError when the connection breaks. Leaving early
+        tells the replica to cancel.
+        """
+        queue: asyncio.Queue[tuple[Reply, list[bytes]] | ChannelError] = asyncio.Queue()
+        if self._lost is not None:
+            raise ReplicaLostError(str(self._lost))
+        self._replies[request.request_id] = queue
+        self._idle.clear()
+        ended = False
+        try:
+            self._channel.send_nowait(request)
+            while not ended:
+                reply = await queue.get()
+                if isinstance(reply, ChannelError):
+                    ended = True
+                    raise ReplicaLostError(f"replica {self.replica_id}: {reply}") from reply
+                ended = not isinstance(reply[0], Started | Delta)
+                if isinstance(reply[0], Refused):
+                    raise RequestRefused(reply[0])
+                yield reply
+        except ChannelError as error:
+            ended = True
+            raise ReplicaLostError(f"replica {self.replica_id}: {error}") from error
+        finally:
+            del self._replies[request.request_id]
+            if not self._replies:
+                self._idle.set()
+            if not ended and self._lost is None:
+                self._cancel(request.request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        try:
+            self._channel.send_nowait(Cancel(request_id=request_id))
+        except ChannelClosed:
+            return  # a lost replica has nothing left to cancel
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                message, buffers = await self._channel.receive()
+                if isinstance(message, Load):
+                    self.load = message
+                elif isinstance(message, Reply):
+                    queue = self._replies.get(message.request_id)
+                    if queue is not None:  # else the request was cancelled while this was on its way
+                        queue.put_nowait((message, buffers))
+                else:
+                    raise ChannelClosed(f"it sent a {type(message).__name__}")
+        except ChannelError as error:
+            self._lost = error
+            self._channel.close()
+            for queue in self._replies.values():
+                queue.put_nowait(error)
+
+    async def close(self) -> None:
+        """Close; open requests end with ReplicaLostError."""
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        self._channel.close()
+        self._lost = self._lost or ChannelClosed("the gateway closed the connection")
+        for queue in self._replies.values():
+            queue.put_nowait(self._lost)

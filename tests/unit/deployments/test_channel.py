@@ -1,0 +1,128 @@
+"""The Channel carries messages unchanged, refuses everything else, and never hangs."""
+
+import asyncio
+import contextlib
+import struct
+
+import pytest
+
+from deployments.channel import (
+    MAX_FRAME_BYTES,
+    Channel,
+    ChannelClosed,
+    ChannelCorrupt,
+    ChannelError,
+    ChannelTimeout,
+    Listener,
+    encode,
+)
+from deployments.messages import Cancel, Hidden, SamplingParams, SequenceStart, SequenceStep, StepInput
+
+SECRET = b"s" * 32
+
+
+@contextlib.asynccontextmanager
+async def pair():
+    """A connected pair: (connector, acceptor)."""
+    accepted: asyncio.Future[Channel] = asyncio.get_running_loop().create_future()
+    done = asyncio.Event()
+
+    async def hold(channel: Channel) -> None:
+        accepted.set_result(channel)
+        await done.wait()
+
+    listener = Listener(hold, SECRET)
+    address = await listener.start("127.0.0.1")
+    connector = await Channel.connect(address, SECRET)
+    try:
+        yield connector, await accepted
+    finally:
+        done.set()
+        connector.close()
+        await connector.wait_closed()
+        await listener.stop()
+
+
+async def test_messages_and_buffers_arrive_unchanged_and_in_order() -> None:
+    sampling = SamplingParams(max_tokens=5, stop=("é", "\x00"), logit_bias={7: -1.5})
+    step = StepInput(
+        step=3,
+        sequences=(SequenceStep(1, (4, 5), 0, (9,), True),),
+        started=(SequenceStart(1, (4, 5), 2, sampling, -(2**63), 0, (2,)),),
+        ended=(8, 9),
+    )
+    hidden = Hidden(step=3, num_tokens=2, hidden_size=4, dtype="float32")
+    payload = bytes(range(256)) * 4096
+    async with pair() as (left, right):
+        for _ in range(3):
+            await left.send(step)
+            await left.send(hidden, [payload, b"", memoryview(payload)[5:90]])
+        for _ in range(3):
+            assert await right.receive(5) == (step, [])
+            assert await right.receive(5) == (hidden, [payload, b"", payload[5:90]])
+        await right.send(Cancel(request_id="x"))
+        assert await left.receive(5) == (Cancel(request_id="x"), [])
+
+
+async def test_the_wrong_secret_is_turned_away_and_disturbs_nobody() -> None:
+    async with pair() as (left, right):
+        host, port = left.peer.split(":")
+        with pytest.raises(ChannelError):
+            stranger = await Channel.connect(f"{host}:{port}", b"wrong" * 8)
+            await stranger.receive(5)
+        await left.send(Cancel(request_id="still here"))
+        assert (await right.receive(5))[0] == Cancel(request_id="still here")
+
+
+async def test_a_peer_that_dies_is_closed_at_once() -> None:
+    async with pair() as (left, right):
+        waiting = asyncio.create_task(left.receive())
+        right.close()
+        with pytest.raises(ChannelClosed):
+            await asyncio.wait_for(waiting, 5)
+
+
+async def test_a_silent_peer_is_a_timeout_and_ends_the_connection() -> None:
+    async with pair() as (left, right):
+        with pytest.raises(ChannelTimeout, match=r"silent for 0\.05 s"):
+            await left.receive(0.05)
+        with pytest.raises(ChannelClosed):
+            await right.receive(5)
+
+
+def frame(*buffers: bytes) -> bytearray:
+    return bytearray(b"".join(bytes(part) for part in encode(Cancel(request_id="abc"), buffers)))
+
+
+def flip(data: bytearray, index: int) -> bytes:
+    data[index] ^= 0x40
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        flip(frame(b"hidden"), 0),
+        flip(frame(b"hidden"), 5),
+        flip(frame(b"hidden"), 20),
+        flip(frame(b"hidden"), -1),
+        flip(frame(b"hidden"), -8),
+        b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"MNT1" + struct.pack("<III", 0, MAX_FRAME_BYTES + 1, 0),
+        b"MNT1" + struct.pack("<III", 0, 4, 65),
+        b"MNT1" + struct.pack("<IIII", 0, 4, 1, 2**32 - 1),
+        bytes(frame(b"hidden"))[:-3],
+        bytes(frame())[:7],
+    ],
+)
+async def test_a_damaged_or_truncated_frame_is_refused(wire: bytes) -> None:
+    async with pair() as (left, right):
+        left._writer.write(wire)
+        left._writer.write_eof()
+        with pytest.raises(ChannelCorrupt):
+            await right.receive(5)
+
+
+async def test_a_frame_above_the_limit_is_refused_before_it_is_sent() -> None:
+    with pytest.raises(ValueError, match="exceeds the frame limit"):
+        encode(Hidden(step=0, num_tokens=1, hidden_size=1, dtype="float32"), [memoryview(bytearray(MAX_FRAME_BYTES))])
