@@ -16,7 +16,6 @@ from deployments.messages import (
     Embedded,
     Finished,
     Generate,
-    RequestRefused,
     Started,
     Tokenize,
     Tokenized,
@@ -28,13 +27,15 @@ Event = Started | Delta | Finished
 class EventStream(Protocol):
     """Started, then deltas, then Finished; every async generator of events is one.
 
-    Iterating raises :class:`RequestRefused`, before the first event or in the middle. ``aclose`` cancels the
+    Iterating raises :class:`deployments.messages.RequestRefused`, before the first event or in the middle. ``aclose`` cancels the
     request upstream and is harmless after the end.
     """
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
     async def __anext__(self) -> Event: ...
-    async def aclose(self) -> None: ...
+    async def aclose(self) -> None:
+        """End it, and cancel upstream what has not ended."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class Health:
 class Backend(Protocol):
     """The models behind the gateway.
 
-    Every method that waits raises :class:`RequestRefused` where the request cannot be done, and may be cancelled
+    Every method that waits raises :class:`deployments.messages.RequestRefused` where the request cannot be done, and may be cancelled
     at any time: what it held upstream is then freed.
     """
 

@@ -1,0 +1,302 @@
+"""Responses as OpenAI's clients read them: what was generated enters, structs that encode to OpenAI's JSON leave."""
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import Literal
+
+import msgspec
+
+from deployments.messages import ChosenLogprob, FinishReason, TokenLogprob
+
+_LOWEST_LOGPROB = -9999.0  # what OpenAI writes for "all but impossible"; JSON has no infinity
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the prompt's tokens came from."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of a whole request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """One candidate token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprobEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A generated token and its alternatives."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probabilities of a chat choice, one entry per token."""
+
+    content: list[TokenLogprobEntry]
+    refusal: None = None
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probabilities of a completion choice; four lists with one entry per token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """The model's turn."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``POST /v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``POST /v1/completions``."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """More of the model's turn; ``role`` comes with the first piece."""
+
+    content: str
+    role: Literal["assistant"] | None = None
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """More of one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One event of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """More of one continuation."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One event of a streamed completion."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[CompletionChunkChoice]
+    usage: Usage | None = None
+
+
+class Embedding(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector; a string is base64 of little-endian float32 numbers."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of an embedding request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``POST /v1/embeddings``, in input order."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """One served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``GET /v1/models``."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``POST /tokenize``; ``token_strs`` only where asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``POST /detokenize``."""
+
+    prompt: str
+
+
+class HealthModel(msgspec.Struct, frozen=True, kw_only=True):
+    """One served model and how many replicas it has."""
+
+    model: str
+    task: Literal["generate", "embed"]
+    num_replicas: int
+
+
+class HealthResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``GET /health`` when requests can be answered."""
+
+    status: Literal["ok"]
+    models: list[HealthModel]
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong; ``param`` is the field at fault, where there is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of every response that is not a success."""
+
+    error: ErrorDetail
+
+
+def usage(num_prompt_tokens: int, num_cached_tokens: int, num_completion_tokens: int) -> Usage:
+    """Usage in OpenAI's words."""
+    return Usage(
+        prompt_tokens=num_prompt_tokens,
+        completion_tokens=num_completion_tokens,
+        total_tokens=num_prompt_tokens + num_completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached_tokens),
+    )
+
+
+def chat_logprobs(entries: Sequence[ChosenLogprob]) -> ChatLogprobs:
+    """Log-probabilities as chat completions write them."""
+    return ChatLogprobs(content=[_chat_entry(entry) for entry in entries])
+
+
+def _chat_entry(entry: ChosenLogprob) -> TokenLogprobEntry:
+    chosen = entry.chosen
+    return TokenLogprobEntry(
+        token=chosen.text,
+        logprob=_finite(chosen.logprob),
+        bytes=list(chosen.raw),
+        top_logprobs=[
+            TopLogprob(token=other.text, logprob=_finite(other.logprob), bytes=list(other.raw)) for other in entry.top
+        ],
+    )
+
+
+def completion_logprobs(entries: Sequence[ChosenLogprob], offset: int) -> tuple[CompletionLogprobs, int]:
+    """Log-probabilities as text completions write them, and the text offset after them.
+
+    The chosen token is always among its alternatives, as at OpenAI; a token that is not whole characters is written
+    as ``bytes:`` and its bytes in hexadecimal escapes, so that two of them stay two keys.
+    """
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry.chosen.text)
+    logprobs = CompletionLogprobs(
+        tokens=[_token_name(entry.chosen) for entry in entries],
+        token_logprobs=[_finite(entry.chosen.logprob) for entry in entries],
+        top_logprobs=[
+            {_token_name(token): _finite(token.logprob) for token in (*entry.top, entry.chosen)} for entry in entries
+        ],
+        text_offset=offsets,
+    )
+    return logprobs, offset
+
+
+def _token_name(token: TokenLogprob) -> str:
+    try:
+        return token.raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw)
+
+
+def _finite(logprob: float) -> float:
+    return logprob if isfinite(logprob) else _LOWEST_LOGPROB

@@ -1,0 +1,224 @@
+"""The routes: an HTTP request in, a response out; each reads its body, asks the backend, writes OpenAI's answer."""
+
+import asyncio
+import base64
+import time
+from dataclasses import asdict
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+from fastapi import FastAPI, Request
+from numpy.typing import NDArray
+from starlette.responses import Response
+
+from cluster.plan.types import Route, Task
+from deployments.gateway.answers import (
+    DetokenizeResponse,
+    Embedding,
+    EmbeddingList,
+    EmbeddingUsage,
+    HealthModel,
+    HealthResponse,
+    ModelCard,
+    ModelList,
+    TokenizeResponse,
+)
+from deployments.gateway.backend import Backend
+from deployments.gateway.body import parse_json, read_limited
+from deployments.gateway.call import Call
+from deployments.gateway.chunks import ChunkEncoder
+from deployments.gateway.collect import Collector, Dialect, Identity
+from deployments.gateway.errors import ApiError
+from deployments.gateway.fields import Body
+from deployments.gateway.invalid import validate
+from deployments.gateway.merge import MergedStreams
+from deployments.gateway.openai import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
+from deployments.gateway.openapi import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    EMBEDDINGS,
+    HEALTH,
+    MODEL,
+    MODELS,
+    TOKENIZE,
+    Documented,
+)
+from deployments.gateway.sse import StreamingAnswer, while_connected
+from deployments.gateway.translate import (
+    Generation,
+    chat_generation,
+    completion_generation,
+    embed_message,
+    find_route,
+    tokenize_message,
+)
+from deployments.messages import Detokenize, Embedded
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+class Endpoints:
+    """One method a route; stateless but for the backend."""
+
+    def __init__(self, backend: Backend, heartbeat_s: float) -> None:
+        self._backend = backend
+        self._heartbeat_s = heartbeat_s
+
+    def add_to(self, app: FastAPI) -> None:
+        """Register every route."""
+        self._add(app, "POST", "/v1/chat/completions", self.chat_completions, CHAT)
+        self._add(app, "POST", "/v1/completions", self.completions, COMPLETIONS)
+        self._add(app, "POST", "/v1/embeddings", self.embeddings, EMBEDDINGS)
+        self._add(app, "GET", "/v1/models", self.models, MODELS)
+        self._add(app, "GET", "/v1/models/{model:path}", self.model, MODEL)
+        self._add(app, "POST", "/tokenize", self.tokenize, TOKENIZE)
+        self._add(app, "POST", "/detokenize", self.detokenize, DETOKENIZE)
+        self._add(app, "GET", "/health", self.health, HEALTH)
+
+    @staticmethod
+    def _add(app: FastAPI, method: str, path: str, endpoint: object, documented: Documented) -> None:
+        app.add_api_route(path, endpoint, methods=[method], **documented.route_options())  # type: ignore[arg-type]
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Continue a conversation with the model's own chat template; streamed where ``stream`` is true."""
+        call, body, route = await self._open(request, ChatCompletionRequest, "generate")
+        return await self._generate(request, call, body, chat_generation(body, route, call), "chat")
+
+    async def completions(self, request: Request) -> Response:
+        """Continue one or several prompts as they are; streamed where ``stream`` is true."""
+        call, body, route = await self._open(request, CompletionRequest, "generate")
+        return await self._generate(request, call, body, completion_generation(body, route, call), "completion")
+
+    async def embeddings(self, request: Request) -> Response:
+        """One vector for every input."""
+        call, body, route = await self._open(request, EmbeddingRequest, "embed")
+        message = embed_message(body, call)
+        async with asyncio.timeout_at(call.deadline):
+            work = self._backend.embed(route.model, message)
+            embedded, vectors = await while_connected(work, request.receive)
+        call.num_prompt_tokens = embedded.num_prompt_tokens
+        if body.dimensions not in (None, embedded.dimensions):
+            text = f"Invalid 'dimensions': the model has {embedded.dimensions}, got {body.dimensions}."
+            raise ApiError("unsupported_value", text, param="dimensions")
+        return _json(_embedding_list(route.model, embedded, vectors, body.encoding_format == "base64"))
+
+    async def models(self) -> Response:
+        """The served models."""
+        return _json(ModelList(object="list", data=[_card(route) for route in self._backend.table.routes]))
+
+    async def model(self, request: Request) -> Response:
+        """One served model."""
+        return _json(_card(find_route(self._backend, request.path_params["model"], None)))
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text, or of a conversation as the model would see it."""
+        call, body, route = await self._open(request, TokenizeRequest, None)
+        async with asyncio.timeout_at(call.deadline):
+            work = self._backend.tokenize(route.model, tokenize_message(body, call))
+            tokenized = await while_connected(work, request.receive)
+        answer = TokenizeResponse(
+            count=len(tokenized.token_ids),
+            max_model_len=tokenized.context_tokens,
+            tokens=list(tokenized.token_ids),
+            token_strs=list(tokenized.token_texts) if body.return_token_strs else None,
+        )
+        return _json(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        """Text of token ids."""
+        call, body, route = await self._open(request, DetokenizeRequest, None)
+        message = Detokenize(request_id=call.backend_id(), token_ids=tuple(body.tokens))
+        async with asyncio.timeout_at(call.deadline):
+            detokenized = await while_connected(self._backend.detokenize(route.model, message), request.receive)
+        return _json(DetokenizeResponse(prompt=detokenized.text))
+
+    async def health(self) -> Response:
+        """Whether requests can be answered now; 503 and the reason where they cannot."""
+        health = self._backend.health()
+        if health.status != "ok":
+            raise ApiError("unavailable", f"The server is {health.status}.", retry_after_s=1.0)
+        return _json(HealthResponse(status="ok", models=[HealthModel(**asdict(model)) for model in health.models]))
+
+    async def _open(self, request: Request, kind: type[AnyBody], task: Task | None) -> tuple[Call, AnyBody, Route]:
+        """The checked body, and the route of the model it names."""
+        call: Call = request.state.call
+        async with asyncio.timeout_at(call.deadline):
+            raw = await read_limited(request.headers, request.stream(), call.settings.max_body_bytes)
+        body = validate(kind, parse_json(raw))
+        route = find_route(self._backend, getattr(body, "model"), task)  # noqa: B009
+        call.model = route.model
+        call.user = getattr(body, "user", None)
+        return call, body, route
+
+    async def _generate(
+        self, request: Request, call: Call, body: GenerationRequest, generation: Generation, dialect: Dialect
+    ) -> Response:
+        identity = _identity(call, generation.route, dialect)
+        streams = MergedStreams(self._backend, generation.requests, call, self._heartbeat_s)
+        if not body.stream:
+            return await while_connected(_whole(streams, generation, call, identity, dialect), request.receive)
+        encoder = ChunkEncoder(
+            dialect,
+            identity,
+            generation.num_choices,
+            generation.n,
+            wants_logprobs=generation.wants_logprobs,
+            usage=body.include_usage,
+        )
+        return StreamingAnswer(streams, encoder, call, include_usage=body.include_usage)
+
+
+async def _whole(
+    streams: MergedStreams, generation: Generation, call: Call, identity: Identity, dialect: Dialect
+) -> Response:
+    """Everything the streams bring, as one answer."""
+    collector = Collector(generation.num_choices, generation.n, generation.wants_logprobs)
+    async with asyncio.timeout_at(call.deadline), streams:
+        async for batch in streams:
+            collector.add(batch)
+    answer = collector.chat if dialect == "chat" else collector.completion
+    return _json(answer(identity, streams.usage))
+
+
+def _identity(call: Call, route: Route, dialect: Dialect) -> Identity:
+    prefix = "chatcmpl" if dialect == "chat" else "cmpl"
+    fingerprint = route.targets[0].app if len(route.targets) == 1 else None
+    return Identity(
+        id=f"{prefix}-{call.unique_id}",
+        created=int(time.time()),
+        model=route.model,
+        system_fingerprint=fingerprint,
+    )
+
+
+def _card(route: Route) -> ModelCard:
+    return ModelCard(id=route.model, object="model", created=route.created, owned_by="manta")
+
+
+def _embedding_list(model: str, embedded: Embedded, vectors: NDArray[np.float32], as_base64: bool) -> EmbeddingList:
+    def write(vector: NDArray[np.float32]) -> list[float] | str:
+        if as_base64:
+            return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        numbers: list[float] = vector.tolist()
+        return numbers
+
+    data = [
+        Embedding(object="embedding", index=index, embedding=write(vector)) for index, vector in enumerate(vectors)
+    ]
+    num_tokens = embedded.num_prompt_tokens
+    return EmbeddingList(
+        object="list", data=data, model=model, usage=EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
+    )
+
+
+def _json(answer: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")
