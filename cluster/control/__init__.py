@@ -1,1 +1,4 @@
-"""Make it so: all input and output of the control path."""
+"""Make it so: everything on the control path that touches a disk, a process or the network.
+
+code (what runs) -> local | existing (a Ray cluster) -> dashboard (its REST API) -> observe -> apply -> wait
+"""

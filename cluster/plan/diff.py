@@ -148,14 +148,15 @@ def _app_actions(plan: Plan, observed: Observed) -> list[Action]:
         if name not in desired and name != GATEWAY_APP and app.config["args"].get("model") not in waiting_for_import
     ]
     changed = [name for name, app in desired.items() if name not in own or differs(app, own[name].config)]
-    stuck = [name for name in desired if name in own and _is_stuck(own[name]) and name not in changed]
-    gateway_changed = _gateway_differs(plan, own.get(GATEWAY_APP))
+    if _gateway_differs(plan, own.get(GATEWAY_APP)):
+        changed.append(GATEWAY_APP)
+    stuck = [name for name in (*desired, GATEWAY_APP) if name in own and _is_stuck(own[name]) and name not in changed]
     first = [*stuck, *([] if plan.surge else _in_the_way(stale, changed, own))]
 
     actions: list[Action] = []
     if first:
         actions.append(RemoveApps(apps=tuple(first), sentence=_removal_first(first, stuck)))
-    to_deploy = tuple([*changed, *stuck, *([GATEWAY_APP] if gateway_changed else [])])
+    to_deploy = (*changed, *stuck)
     if to_deploy:
         actions.append(DeployApps(apps=to_deploy, sentence=_deployment(to_deploy, own)))
     unready = tuple(
@@ -195,7 +196,7 @@ def differs(wanted: ServeApp, deployed: ServeApp) -> bool:
 
 def _gateway_differs(plan: Plan, running: ObservedApp | None) -> bool:
     wanted = gateway_app(plan.gateway, plan.routing, plan.runtime_env)
-    return running is None or differs(wanted, running.config) or _is_stuck(running)
+    return running is None or differs(wanted, running.config)
 
 
 def _is_stuck(app: ObservedApp) -> bool:
@@ -204,7 +205,8 @@ def _is_stuck(app: ObservedApp) -> bool:
 
 def _in_the_way(stale: Sequence[str], changed: Sequence[str], own: Mapping[str, ObservedApp]) -> list[str]:
     """Applications that must go before the changed ones can start, when there is no room for both."""
-    return [*stale, *(name for name in changed if name in own)] if changed else []
+    models = [name for name in changed if name != GATEWAY_APP]
+    return [*stale, *(name for name in models if name in own)] if models else []
 
 
 def _routing_of(gateway: ObservedApp | None) -> object:

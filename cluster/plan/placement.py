@@ -1,4 +1,4 @@
-"""Stages to placement group bundles, and whether they all fit: ModelAppArgs and nodes in, bundles and a verdict out."""
+"""Stages to placement group bundles, and whether they all fit: ModelAppArgs and nodes in, a verdict out."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,0 +1,29 @@
+"""What code runs: the three packages as they are installed in, one digest out.
+
+The digest travels in the plan; a replica or worker that runs other code refuses to start, and changed code makes a
+changed application, which Serve then redeploys.
+"""
+
+import hashlib
+from pathlib import Path
+
+import cluster
+
+PACKAGES = ("cluster", "deployments", "train_jobs")
+
+
+def install_root() -> Path:
+    """Directory that holds the three packages of this process."""
+    return Path(cluster.__file__).resolve().parent.parent
+
+
+def code_digest(root: Path | None = None) -> str:
+    """SHA-256 over path and bytes of every ``.py`` file of the three packages, in order of their paths."""
+    root = root or install_root()
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+            digest.update(content)
+    return digest.hexdigest()

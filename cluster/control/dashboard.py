@@ -1,0 +1,140 @@
+"""The Ray dashboard's REST API: method calls in, parsed JSON or a ControlError with Ray's own words out."""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+
+from cluster.errors import ControlError
+
+_READ_TIMEOUT_S = 30.0
+_WRITE_TIMEOUT_S = 120.0
+"""The first PUT starts Serve; a DELETE waits for replicas to drain."""
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Dashboard:
+    """A thin client of one dashboard; every call is one request, nothing is cached."""
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._session = requests.Session()
+        if urlsplit(self.url).hostname in _LOOPBACK:
+            self._session.trust_env = False  # a proxy configured in the environment cannot reach this machine
+        if token:
+            self._session.headers["Authorization"] = f"Bearer {token}"
+
+    @classmethod
+    def with_token_from_environment(cls, url: str) -> "Dashboard":
+        """A client that sends RAY_AUTH_TOKEN, where that is set."""
+        return cls(url, os.environ.get("RAY_AUTH_TOKEN"))
+
+    def is_up(self) -> bool:
+        """Whether a dashboard answers here at all."""
+        try:
+            return self._session.get(f"{self.url}/api/version", timeout=2.0).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def version(self) -> dict[str, str]:
+        """``version``, ``ray_version`` and ``session_name`` of the cluster."""
+        found: dict[str, str] = self._json("GET", "/api/version")
+        return found
+
+    def serve_details(self) -> dict[str, Any]:
+        """Ray's ServeInstanceDetails: applications, deployments, replicas, proxies, HTTP options."""
+        found: dict[str, Any] = self._json("GET", "/api/serve/applications/")
+        return found
+
+    def put_applications(self, config: dict[str, Any]) -> None:
+        """Declare all applications; Serve starts if it does not run. Errors of an application come later."""
+        self._request("PUT", "/api/serve/applications/", timeout_s=_WRITE_TIMEOUT_S, body=config)
+
+    def delete_applications(self) -> None:
+        """Remove every application and stop Serve; returns when that is done."""
+        self._request("DELETE", "/api/serve/applications/", timeout_s=_WRITE_TIMEOUT_S)
+
+    def actors(self) -> list[dict[str, Any]]:
+        """All actors the dashboard knows, dead ones too, with process statistics of the living."""
+        return list(self._json("GET", "/logical/actors")["data"]["actors"].values())
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Nodes with ``node_id``, ``node_ip``, ``state`` and ``is_head_node``."""
+        found = self._json("GET", "/api/v0/nodes?detail=true&limit=10000")
+        return list(found["data"]["result"]["result"])
+
+    def read_log(self, node_id: str, filename: str, num_lines: int) -> str:
+        """The last ``num_lines`` lines of a log file of a node, as the dashboard agent there reads it."""
+        query = {"node_id": node_id, "filename": filename.lstrip("/"), "lines": str(num_lines)}
+        return self._request("GET", "/api/v0/logs/file", query=query).text
+
+    def follow_log(self, node_id: str, filename: str, num_lines: int) -> Iterator[bytes]:
+        """The last lines of a log file and then what is added to it, until the caller stops iterating."""
+        query = {
+            "node_id": node_id,
+            "filename": filename.lstrip("/"),
+            "lines": str(num_lines),
+            "interval": "0.5",
+        }
+        url = f"{self.url}/api/v0/logs/stream"
+        try:
+            with self._session.get(url, params=query, stream=True, timeout=(5.0, None)) as response:
+                _check(response, self.url)
+                yield from response.iter_content(chunk_size=None)
+        except requests.RequestException as error:
+            raise ControlError(f"{self.url} stopped sending {filename}: {error}") from error
+
+    def _json(self, method: str, path: str) -> Any:
+        response = self._request(method, path)
+        try:
+            return response.json()
+        except requests.JSONDecodeError as error:
+            raise ControlError(
+                f"{self.url}{path} did not answer with JSON; is this the address of a Ray dashboard?"
+            ) from error
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout_s: float = _READ_TIMEOUT_S,
+        query: dict[str, str] | None = None,
+        body: dict[str, Any] | None = None,
+    ) -> requests.Response:
+        data = None if body is None else json.dumps(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        try:
+            response = self._session.request(
+                method, f"{self.url}{path}", params=query, data=data, headers=headers, timeout=(5.0, timeout_s)
+            )
+        except requests.Timeout as error:
+            raise ControlError(
+                f"{self.url} did not answer {method} {path} within {timeout_s:g} s; see the dashboard's logs"
+            ) from error
+        except requests.RequestException as error:
+            raise ControlError(
+                f"no Ray dashboard answers at {self.url} ({_reason(error)}); is the cluster running?"
+            ) from error
+        _check(response, self.url)
+        return response
+
+
+def _check(response: requests.Response, url: str) -> None:
+    if response.ok:
+        return
+    if response.status_code in (401, 403):
+        what = "wants a token" if response.status_code == 401 else "refuses the token"
+        raise ControlError(f"{url} {what}; set RAY_AUTH_TOKEN to the token of that cluster")
+    text = response.text.strip()[-2000:]
+    raise ControlError(f"{url} answered {response.status_code} to {response.request.method}: {text}")
+
+
+def _reason(error: requests.RequestException) -> str:
+    cause: BaseException = error
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__ or cause
+    return str(cause) or type(cause).__name__
