@@ -4,7 +4,6 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from cluster.plan.types import GatewaySettings
 from deployments.gateway.admission import Permits
 from deployments.gateway.backend import Backend
 from deployments.gateway.call import Call
@@ -20,23 +19,16 @@ _DESCRIPTION = (
 )
 
 
-def create_app(
-    backend: Backend,
-    settings: GatewaySettings | None = None,
-    *,
-    telemetry: Telemetry | None = None,
-    heartbeat_s: float = HEARTBEAT_S,
-) -> FastAPI:
+def create_app(backend: Backend, telemetry: Telemetry | None = None, *, heartbeat_s: float = HEARTBEAT_S) -> FastAPI:
     """The gateway over ``backend``.
 
-    Limits are ``backend.table.settings``, read at every request, so that a new table is in force at once;
-    ``settings`` overrides them until :func:`replace_settings`. XX
+    Limits are ``backend.table.settings``, read at every request, so that a new table is in force at once. A stream
+    that is silent for ``heartbeat_s`` gets a comment.
     """
     app = FastAPI(title="Manta", version="1", description=_DESCRIPTION, redirect_slashes=False, redoc_url=None)
-    app.state.settings = settings
     app.add_middleware(
         Gate,
-        settings=lambda: app.state.settings or backend.table.settings,
+        settings=lambda: backend.table.settings,
         telemetry=telemetry if telemetry is not None else NoTelemetry(),
         permits=Permits(),
     )
@@ -44,11 +36,6 @@ def create_app(
     Endpoints(backend, heartbeat_s).add_to(app)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
-
-
-def replace_settings(app: FastAPI, settings: GatewaySettings | None) -> None:
-    """Put ``settings`` in force for requests from now on; None goes back to the routing table's."""
-    app.state.settings = settings
 
 
 async def _answer_http_error(request: Request, error: HTTPException) -> Response:

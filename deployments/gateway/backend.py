@@ -27,8 +27,8 @@ Event = Started | Delta | Finished
 class EventStream(Protocol):
     """Started, then deltas, then Finished; every async generator of events is one.
 
-    Iterating raises :class:`deployments.messages.RequestRefused`, before the first event or in the middle. ``aclose`` cancels the
-    request upstream and is harmless after the end.
+    Iterating raises :class:`deployments.messages.RequestRefused`, before the first event or in the middle.
+    ``aclose`` cancels the request upstream and is harmless after the end.
     """
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
@@ -58,8 +58,8 @@ class Health:
 class Backend(Protocol):
     """The models behind the gateway.
 
-    Every method that waits raises :class:`deployments.messages.RequestRefused` where the request cannot be done, and may be cancelled
-    at any time: what it held upstream is then freed.
+    Every method that waits raises :class:`deployments.messages.RequestRefused` where the request cannot be done,
+    and may be cancelled at any time: what it held upstream is then freed.
     """
 
     @property
