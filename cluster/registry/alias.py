@@ -1,9 +1,9 @@
 """Aliases: a name that points at a version, moved by compare-and-swap, with every move on record.
 
-The truth is the log of moves, one file per move, each created exclusively: of two writers that saw the same generation
-exactly one creates the next. ``aliases/<alias>.json`` repeats the newest move for quick reading and for people;
-``history.jsonl`` repeats all moves of the model. Both are brought up to date by whoever writes next when a writer dies
-between its move and the repetition.
+The truth is the log of moves, one file per move, each created exclusively: of two writers that saw the same
+generation exactly one creates the next. ``aliases/<alias>.json`` repeats the newest move for quick reading and for
+people; ``history.jsonl`` repeats all moves of the model. Both are brought up to date by whoever writes next when a
+writer dies between its move and the repetition.
 
     models/<name>/aliases/<alias>.json
     models/<name>/moves/<alias>/<generation>.json
@@ -53,8 +53,8 @@ class Aliases:
         return [alias for alias in found if self.read(model, alias) is not None]
 
     def read(self, model: str, alias: str) -> AliasMove | None:
-        """Where ``alias`` points now; None when it was never set. ``aliases/<alias>.json`` is only the starting point."""
-        move = self._repetition(model, alias)
+        """Where ``alias`` points now; None when it was never set."""
+        move = self._repetition(model, alias)  # may be behind the log
         while (later := self._move(model, alias, 1 if move is None else move.generation + 1)) is not None:
             move = later
         return move
@@ -93,12 +93,18 @@ class Aliases:
         current = self.read(model, alias)
         _check_generation(model, alias, current, expected_generation)
         if current is None:
-            raise RegistryError(f"{model}@{alias}: no such alias; its aliases: {', '.join(self.names(model)) or 'none'}")
+            raise RegistryError(
+                f"{model}@{alias}: no such alias; its aliases: {', '.join(self.names(model)) or 'none'}"
+            )
         if current.previous is None or current.previous_generation is None:
-            raise RegistryError(f"{model}@{alias} points at {current.version}, its first version: nothing to go back to")
+            raise RegistryError(
+                f"{model}@{alias} points at {current.version}, its first version: nothing to go back to"
+            )
         restored = self._move(model, alias, current.previous_generation)
         if restored is None:
-            raise RegistryError(f"{model}@{alias}: move {current.previous_generation} is missing; set the alias by hand")
+            raise RegistryError(
+                f"{model}@{alias}: move {current.previous_generation} is missing; set the alias by hand"
+            )
         move = current.model_copy(
             update={
                 "version": restored.version,
@@ -153,7 +159,9 @@ class Aliases:
         except FileNotFoundError:
             return None
         except ValidationError as error:
-            raise RegistryError(f"{self._tree.uri}/{path} is damaged, or written by a newer Manta: {error}") from error
+            raise RegistryError(
+                f"{self._tree.uri}/{path} is damaged, or written by a newer Manta: {error}"
+            ) from error
 
 
 def _move_path(model: str, alias: str, generation: int) -> str:

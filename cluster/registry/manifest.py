@@ -38,7 +38,8 @@ def check_alias_name(alias: str) -> str:
     """``alias`` if it is an alias name and cannot be taken for a version; RegistryError otherwise."""
     if _ALIAS_NAME.fullmatch(alias) is None or is_version_name(alias):
         raise RegistryError(
-            f"alias {alias!r}: allowed are 1 to 40 of a-z, 0-9, '_' and '-', a letter first, and not the form of a version"
+            f"alias {alias!r}: allowed are 1 to 40 of a-z, 0-9, '_' and '-', a letter first, "
+            "and not the form of a version"
         )
     return alias
 
@@ -146,7 +147,7 @@ class ModelVersion(VersionSpec):
 
     @property
     def content_digest(self) -> str:
-        """Hex digest of what makes two versions the same: the files, the format, the task, the dtype, the quantization."""
+        """Hex digest of what makes two versions the same: files, format, task, dtype, quantization."""
         return content_digest(self.files, self)
 
     def file(self, path: str) -> FileEntry:
@@ -194,7 +195,9 @@ def _describe(error: ValidationError) -> str:
     for detail in error.errors(include_url=False, include_context=False):
         field = ".".join(str(part) for part in detail["loc"]) or "file"
         if detail["type"] == "extra_forbidden" or field == "manifest_format":
-            texts.append(f"unknown {field} (got {detail['input']!r}): a newer Manta wrote it; update this installation")
+            texts.append(
+                f"unknown {field} (got {detail['input']!r}): a newer Manta wrote it; update this installation"
+            )
         else:
             texts.append(f"{field}: {detail['msg']}")
     return "; ".join(texts)

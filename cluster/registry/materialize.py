@@ -1,8 +1,8 @@
 """Materializing: a version becomes a local directory with its files, every one verified against the manifest.
 
-A local registry's blobs are hard-linked, so a version costs no second copy and outlives its removal by GC while a process
-still reads it; a remote one's are downloaded once into the cache. The directory appears whole, by a rename, and any
-number of processes may ask for it at once. Each process verifies each version once.
+A local registry's blobs are hard-linked, so a version costs no second copy and outlives its removal by GC while a
+process still reads it; a remote one's are downloaded once into the cache. The directory appears whole, by a rename,
+and any number of processes may ask for it at once. Each process verifies each version once.
 """
 
 import os
@@ -48,7 +48,8 @@ def verify(
 ) -> list[str]:
     """What is wrong with the blobs of ``version``, one line each; empty when all is well.
 
-    ``remove_damaged`` also deletes the blobs that are wrong, so that the next import of the same bytes writes them anew.
+    ``remove_damaged`` also deletes the blobs that are wrong, so that the next import of the same bytes writes them
+    anew.
     """
     count = ByteCount(progress, f"verifying {version.reference}", version.total_bytes)
     problems = []
@@ -66,7 +67,8 @@ def _check_blob(registry: Registry, version: ModelVersion, entry: FileEntry, cou
     size = tree.size(path)
     if size != entry.size:
         found = "is missing" if size is None else f"has {size} bytes"
-        return f"{version.reference}: the blob of {entry.path} {found}, published with {entry.size} bytes; import it again"
+        expected = f"published with {entry.size} bytes; import it again"
+        return f"{version.reference}: the blob of {entry.path} {found}, {expected}"
     if isinstance(tree, LocalTree):
         actual = file_sha256(tree.local_path(path), count.add)
     else:

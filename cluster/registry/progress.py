@@ -1,7 +1,7 @@
 """The progress callback that every long step takes: ``progress(label, done, total, unit)``.
 
-``done`` counts up to ``total`` in ``unit`` (``B`` for bytes); ``total`` is None while it is not known. A step is over when
-``done == total``.
+``done`` counts up to ``total`` in ``unit`` (``B`` for bytes); ``total`` is None while it is not known. A step is over
+when ``done == total``.
 """
 
 from collections.abc import Callable

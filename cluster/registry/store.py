@@ -1,9 +1,9 @@
 """The store: a directory goes in as immutable blobs and one manifest, and a version comes out, named and listed.
 
-    <storage>/registry/blobs/sha256/<aa>/<digest>
-    <storage>/registry/models/<name>/versions/<vN>/manifest.json     written last: the commit
-    <storage>/registry/models/<name>/versions/<vN>/reused-at         a publisher found its bytes here (seconds)
-    <storage>/registry/models/<name>/versions/<vN>/deleted.json      the manifest of a version that GC removed: keeps its number
+    <storage>/registry/blobs/sha256/<aa>/<digest> <storage>/registry/models/<name>/versions/<vN>/manifest.json
+    written last: the commit <storage>/registry/models/<name>/versions/<vN>/reused-at         a publisher found its
+    bytes here (seconds) <storage>/registry/models/<name>/versions/<vN>/deleted.json      the manifest of a version
+    that GC removed: keeps its number
 
 Until its manifest exists a version does not exist, so an interrupted publish leaves nothing that can be loaded, only
 blobs for GC. A version's number is never given twice.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cluster.errors import RegistryError
-from cluster.registry.alias import AliasMove, Aliases
+from cluster.registry.alias import Aliases, AliasMove
 from cluster.registry.manifest import (
     FileEntry,
     ModelVersion,
@@ -31,11 +31,11 @@ from cluster.registry.progress import ByteCount, Progress, no_progress
 from cluster.registry.tree import LocalTree, Tree, file_sha256, open_tree
 
 FRESH_BLOB_S = 1800.0
-"""A blob of an object store that is older than this is uploaded again rather than relied on: GC may be looking at it."""
+"""A blob of an object store older than this is uploaded again rather than relied on: GC may be looking at it."""
 
 
 class Registry:
-    """The versions and aliases under ``<storage>/registry``. Holds no state; any number of processes may use it at once.
+    """The versions and aliases under ``<storage>/registry``; any number of processes may use it at once.
 
     ``cache`` is a local folder for downloads and materialized versions: ``<storage>/cache`` for a local storage,
     ``~/.cache/manta/<digest of the URI>`` for any other.
@@ -92,7 +92,7 @@ class Registry:
     def publish(
         self, name: str, directory: Path, spec: VersionSpec, *, progress: Progress = no_progress
     ) -> ModelVersion:
-        """Make a version of every file under ``directory`` and return it; the one with the same content if there is one.
+        """Make a version of every file under ``directory``, or find the one with the same content.
 
         Safe against other publishers, and at any point of interruption.
         """
@@ -124,16 +124,19 @@ class Registry:
         actual = hashlib.sha256(data).hexdigest()
         if actual != entry.sha256:
             raise RegistryError(
-                f"{version.reference}: {path} is damaged: sha256 {actual}, published as {entry.sha256}; import it again"
+                f"{version.reference}: {path} is damaged: sha256 {actual}, published as {entry.sha256}; "
+                "import it again"
             )
         return data
 
     def deleted(self, name: str, version: str) -> bool:
         """Whether GC has removed this version."""
-        return self.tree.size(_tombstone_path(name, version)) is not None
+        return self.tree.size(tombstone_path(name, version)) is not None
 
     def _numbered(self, name: str) -> list[str]:
-        found = [entry for entry in self.tree.names(f"models/{check_model_name(name)}/versions") if is_version_name(entry)]
+        found = [
+            entry for entry in self.tree.names(f"models/{check_model_name(name)}/versions") if is_version_name(entry)
+        ]
         return sorted(found, key=lambda version: int(version[1:]))
 
     def _read_manifest(self, name: str, version: str) -> ModelVersion | None:
@@ -149,7 +152,7 @@ class Registry:
     def _reuse(self, name: str, digest: str) -> ModelVersion | None:
         for manifest in self.versions(name):
             if manifest.content_digest == digest:
-                self.tree.replace(_reused_path(name, manifest.version), str(int(time.time())).encode())
+                self.tree.replace(reused_path(name, manifest.version), str(int(time.time())).encode())
                 if not self.deleted(name, manifest.version):
                     return manifest
         return None
@@ -202,11 +205,13 @@ def manifest_path(name: str, version: str) -> str:
     return f"models/{name}/versions/{version}/manifest.json"
 
 
-def _tombstone_path(name: str, version: str) -> str:
+def tombstone_path(name: str, version: str) -> str:
+    """Where the manifest of a removed version lies in the tree."""
     return f"models/{name}/versions/{version}/deleted.json"
 
 
-def _reused_path(name: str, version: str) -> str:
+def reused_path(name: str, version: str) -> str:
+    """Where a publisher notes that it relies on a version that was there already."""
     return f"models/{name}/versions/{version}/reused-at"
 
 
@@ -231,5 +236,6 @@ def _measure(directory: Path, paths: list[str], progress: Progress) -> tuple[Fil
     sizes = {path: (directory / path).stat().st_size for path in paths}
     count = ByteCount(progress, "hashing", sum(sizes.values()))
     return tuple(
-        FileEntry(path=path, size=size, sha256=file_sha256(directory / path, count.add)) for path, size in sizes.items()
+        FileEntry(path=path, size=size, sha256=file_sha256(directory / path, count.add))
+        for path, size in sizes.items()
     )

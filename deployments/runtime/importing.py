@@ -1,11 +1,13 @@
-"""A source's weights become a directory of safetensors in one dtype: from a GGUF file, or from safetensors in another dtype.
+"""A GGUF file, or safetensors in another dtype, become a directory of safetensors in the wanted dtype.
 
 Run as a process of its own, so that whoever imports needs no torch:
 
-    python -m deployments.runtime.importing --source FILE_OR_DIRECTORY --out DIRECTORY --task generate --dtype bfloat16
+    python -m deployments.runtime.importing --source FILE_OR_DIRECTORY --out DIRECTORY --task generate --dtype
+    bfloat16
 
-Progress goes to standard output as JSON lines, ``{"label": ..., "done": ..., "total": ..., "unit": ...}``; the last line is
-``{"result": {"license": ...}}``. Exit status 1 with one line on standard error when the source cannot be converted.
+Progress goes to standard output as JSON lines, ``{"label": ..., "done": ..., "total": ..., "unit": ...}``; the last
+line is ``{"result": {"license": ...}}``. Exit status 1 with one line on standard error when the source cannot be
+converted.
 """
 
 import argparse
@@ -30,8 +32,6 @@ _FOREIGN_KEYS = ("backend", "is_local", "local_files_only")
 """Keys of ``tokenizer_config.json`` that describe how the GGUF was opened, not the tokenizer."""
 
 
-
-
 def convert_gguf(source: Path, out: Path, *, task: str, dtype: torch.dtype, report: Report) -> dict[str, Any]:
     """Write the model and tokenizer in the GGUF file ``source`` to ``out``; returns ``{"license": ...}``.
 
@@ -53,8 +53,8 @@ def convert_gguf(source: Path, out: Path, *, task: str, dtype: torch.dtype, repo
 def convert_safetensors(source: Path, out: Path, *, dtype: torch.dtype, report: Report) -> dict[str, Any]:
     """Write every safetensors file under ``source`` to ``out`` with floating-point tensors in ``dtype``.
 
-    File names, tensor names and tensors of other types (integers, booleans) stay as they are. Other files are not copied,
-    except that ``config.json`` is written with the new dtype and the index of shards with the new total size.
+    File names, tensor names and tensors of other types (integers, booleans) stay as they are. Other files are not
+    copied, except that ``config.json`` is written with the new dtype and the index of shards with the new total size.
     """
     files = sorted(path.relative_to(source) for path in source.rglob("*.safetensors"))
     total_bytes = sum((source / path).stat().st_size for path in files)
@@ -91,7 +91,7 @@ def _with_total_size(index: dict[str, Any], num_bytes: int) -> dict[str, Any]:
 
 
 def _clean_descriptions(out: Path) -> None:
-    """Put right what transformers writes after reading a GGUF: names of its own classes, an unbounded length, a flag."""
+    """Put right what transformers writes after reading a GGUF: its own class names, an unbounded length, a flag."""
     config = json.loads((out / "config.json").read_text())
     _rewrite(out / "config.json", out / "config.json", lambda content: _without(content, "_model_name_or_path"))
     generation = out / "generation_config.json"

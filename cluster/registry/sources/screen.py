@@ -1,7 +1,7 @@
 """Screening: which files of a source directory become part of a version, and which sources are refused.
 
-Only safetensors weights and plain-text descriptions are taken. Pickles can run code when they are read, so they are never
-copied, and a source that has nothing else is refused by the file's name. Python files are never copied either.
+Only safetensors weights and plain-text descriptions are taken. Pickles can run code when they are read, so they are
+never copied, and a source that has nothing else is refused by the file's name. Python files are never copied either.
 """
 
 import json
@@ -43,8 +43,12 @@ def screen(directory: Path) -> Screened:
     if not weights:
         raise SourceError(_no_safetensors(directory, paths))
     if "config.json" not in paths:
-        raise SourceError(f"{directory} has no config.json; give a directory as transformers' save_pretrained writes it")
-    taken = sorted(path for path in paths if path in weights or (_is_text(path) and not path.endswith(".safetensors")))
+        raise SourceError(
+            f"{directory} has no config.json; give a directory as transformers' save_pretrained writes it"
+        )
+    taken = sorted(
+        path for path in paths if path in weights or (_is_text(path) and not path.endswith(".safetensors"))
+    )
     headers = (read_header_file(directory / path) for path in weights)
     dtypes = {str(tensor["dtype"]) for header in headers for tensor in header.values()}
     return Screened(
@@ -93,7 +97,9 @@ def _walk(directory: Path) -> list[str]:
     paths = []
     for folder, folders, names in os.walk(directory):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [(Path(folder) / name).relative_to(directory).as_posix() for name in names if not name.startswith(".")]
+        paths += [
+            (Path(folder) / name).relative_to(directory).as_posix() for name in names if not name.startswith(".")
+        ]
     return sorted(paths)
 
 
@@ -103,7 +109,7 @@ def _is_text(path: str) -> bool:
 
 
 def _wanted_weights(directory: Path, weights: list[str]) -> set[str]:
-    """The weights transformers would load, and those of sub-folders; not a second copy in another layout beside them."""
+    """The weights transformers would load, and those of sub-folders; not a second copy beside them."""
     nested = {path for path in weights if "/" in path}
     top = {path for path in weights if "/" not in path}
     if (directory / INDEX_NAME).is_file():
@@ -118,8 +124,8 @@ def _no_safetensors(directory: Path, paths: list[str]) -> str:
     pickles = [path for path in paths if path.lower().endswith(PICKLE_SUFFIXES)]
     if pickles:
         return (
-            f"{directory} has its weights only in pickle files ({', '.join(pickles)}), which can run code when they are "
-            "read and are refused; convert them to safetensors where you trust them (save_pretrained does)"
+            f"{directory} has its weights only in pickle files ({', '.join(pickles)}), which can run code when "
+            "they are read and are refused; convert them to safetensors where you trust them (save_pretrained does)"
         )
     return f"{directory} has no .safetensors file; it has {', '.join(paths[:20]) or 'nothing'}"
 
@@ -130,5 +136,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise SourceError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict) or not config.get("architectures") or not config.get("model_type"):
-        raise SourceError(f"{path}: needs 'model_type' and 'architectures' (the transformers class that wrote the weights)")
+        raise SourceError(
+            f"{path}: needs 'model_type' and 'architectures' (the transformers class that wrote the weights)"
+        )
     return config

