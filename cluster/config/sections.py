@@ -89,8 +89,7 @@ class SectionReader:
             finding = Finding(at=(*at, name), message="is not a name for a resource", limit=limit, remedy=remedy)
             self.findings.append(finding)
             return
-        annotation = get_type_hints(section, include_extras=True)["__pydantic_extra__"]
-        read = self._leaf(TypeAdapter(get_args(annotation)[1], config=_STRICT), value, (*at, name))
+        read = self._leaf(_extra_adapter(section), value, (*at, name))
         if read is not UNREADABLE:
             (instance.__pydantic_extra__ or {})[name] = read
 
@@ -145,7 +144,7 @@ class SectionReader:
         try:
             return adapter.validate_python(value)
         except ValidationError as error:
-            schema = adapter.json_schema()
+            schema = _schema_of(adapter)
             self.findings += [
                 describe_error(details, value, schema, at) for details in error.errors(include_url=False)
             ]
@@ -192,3 +191,15 @@ def _holds_unreadable(value: object) -> bool:
 def _adapter(section: type[StrictModel], name: str) -> TypeAdapter[Any]:
     field = section.model_fields[name]
     return TypeAdapter(cast("type[Any]", Annotated[field.annotation, field]), config=_STRICT)
+
+
+@cache
+def _extra_adapter(section: type[StrictModel]) -> TypeAdapter[Any]:
+    """Of the values behind keys that are free, the second argument of ``dict[str, ...]``."""
+    annotation = get_type_hints(section, include_extras=True)["__pydantic_extra__"]
+    return TypeAdapter(get_args(annotation)[1], config=_STRICT)
+
+
+@cache
+def _schema_of(adapter: TypeAdapter[Any]) -> dict[str, Any]:
+    return adapter.json_schema()

@@ -80,7 +80,8 @@ AnySource: TypeAlias = WheelSource | HfSource | PathSource | RegistrySource
 _PACKAGE = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _VERSION = r"[0-9][A-Za-z0-9.!+_-]*"
 _REPO_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
-_REFERENCE = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_MODEL = r"[a-z0-9][a-z0-9-]{0,39}"
+_REFERENCE = r"[a-z][a-z0-9_-]{0,39}"
 
 
 def _read_wheel(rest: str) -> WheelSource:
@@ -147,12 +148,13 @@ def _read_path(rest: str) -> PathSource:
 
 def _read_registry(rest: str) -> RegistrySource:
     model, at, reference = rest.partition("@")
-    if not re.fullmatch(_REFERENCE, model):
+    if not re.fullmatch(_MODEL, model):
         refuse(f"{model!r} is not the name of a model", limit=GRAMMAR["registry"], remedy="see `manta models list`")
-    if not at or not re.fullmatch(_REFERENCE, reference):
-        refuse(
-            "names no alias or version", limit=GRAMMAR["registry"], remedy=f"write registry://{model}@latest or @v1"
-        )
+    remedy = f"write registry://{model}@latest, or a version such as @v1"
+    if not at:
+        refuse("names no alias or version", limit=GRAMMAR["registry"], remedy=remedy)
+    if not re.fullmatch(_REFERENCE, reference):
+        refuse(f"{reference!r} is neither an alias nor a version", limit=GRAMMAR["registry"], remedy=remedy)
     return RegistrySource(model=model, reference=reference)
 
 

@@ -112,7 +112,10 @@ def _syntax_finding(text: str, error: yaml.YAMLError) -> Finding:
 
 
 def _syntax_place(text: str, error: yaml.YAMLError) -> Place:
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    marks = [getattr(error, "problem_mark", None), getattr(error, "context_mark", None)]
+    if "quoted scalar" in str(getattr(error, "context", "")):
+        marks.reverse()  # the quote that was opened says more than the end of the file
+    mark = marks[0] or marks[1]
     if mark is not None:
         return Place(line=mark.line + 1, column=mark.column + 1)
     position = getattr(error, "position", 0)
@@ -194,14 +197,14 @@ class _TreeReader:
 
     def _scalar(self, node: yaml.ScalarNode, at: Location) -> Any:
         kind, text = node.tag.removeprefix(_TAG), node.value
+        if kind in ("int", "float") or (node.style is None and re.fullmatch(r"[-+]?0[0-9]+", text)):
+            return self._number(node, at)
         if kind in ("str", "timestamp", "value", "merge"):
             return text
         if kind == "null":
             return None
         if kind == "bool":
             return self._boolean(node, at)
-        if kind in ("int", "float"):
-            return self._number(node, at)
         return self._report(node, at, f"has the tag {shorten(node.tag)}", "remove the tag")
 
     def _boolean(self, node: yaml.ScalarNode, at: Location) -> Any:
