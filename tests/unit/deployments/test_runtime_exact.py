@@ -1,16 +1,15 @@
 """Cut models give transformers' own tokens, whatever the cut, the chunking and the batch company."""
 
 import random
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from deployments.messages import SamplingParams, SequenceStart, SequenceStep, StepInput
-from deployments.runtime.model import StageSlice
-from deployments.runtime.runner import RunnerConfig, StageRunner
+from deployments.runtime.runner import StageRunner
 from deployments.runtime.support import UnsupportedModelError
+from tests.support.local_stages import load_runners
 from tests.support.tiny_models import ARCHITECTURES, greedy, save_tiny_model
 
 BLOCK_TOKENS = 4
@@ -18,20 +17,7 @@ NUM_BLOCKS = 64
 
 
 def make_runners(directory: Path, borders: list[int]) -> list[StageRunner]:
-    return [
-        StageRunner(
-            RunnerConfig(
-                directory=directory,
-                part=StageSlice(start=start, stop=stop, is_first=start == 0, is_last=stop == borders[-1]),
-                dtype=torch.float32,
-                device=torch.device("cpu"),
-                context_tokens=128,
-                num_blocks=NUM_BLOCKS,
-                block_tokens=BLOCK_TOKENS,
-            )
-        )
-        for start, stop in pairwise(borders)
-    ]
+    return load_runners(directory, borders, num_blocks=NUM_BLOCKS, block_tokens=BLOCK_TOKENS)
 
 
 def run_step(runners: list[StageRunner], step: StepInput) -> dict[int, int]:
