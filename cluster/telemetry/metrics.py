@@ -41,6 +41,7 @@ GAUGES: dict[str, tuple[str, Sequence[str]]] = {
 }
 HISTOGRAMS: dict[str, tuple[str, Sequence[str], Sequence[float]]] = {
     "manta_time_to_first_token_seconds": ("From the request's arrival to its first token.", GATEWAY, _LATENCY_S),
+    "manta_replica_time_to_first_token_seconds": ("The same, from arrival at the replica.", REPLICA, _LATENCY_S),
     "manta_e2e_request_latency_seconds": ("From arrival to the last token.", GATEWAY, _LATENCY_S),
     "manta_time_per_output_token_seconds": ("Per request: (last - first token) / (tokens - 1).", REPLICA, _TOKEN_S),
 }

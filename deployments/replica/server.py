@@ -57,7 +57,7 @@ class Replica:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         registry = Registry(args.storage)
         directory = await asyncio.to_thread(materialize, registry, registry.get(args.model, args.version))
-        self._tokenizer = await asyncio.to_thread(TextTokenizer, directory)
+        self._tokenizer = await asyncio.to_thread(TextTokenizer.load, directory)
         group = ray.util.get_current_placement_group()
         if group is None:
             raise RuntimeError(f"{args.app}: a replica needs a placement group for its stages, but Serve made none")
@@ -135,18 +135,11 @@ class Replica:
 
     def tokenize(self, request: Tokenize) -> Tokenized:
         """Token ids of a prompt."""
-        token_ids = self._tokenizer.encode(request.prompt, request_id=request.request_id)
-        return Tokenized(
-            request_id=request.request_id,
-            token_ids=tuple(token_ids),
-            token_texts=tuple(self._tokenizer.token_text(token_id) for token_id in token_ids),
-            context_tokens=self._args.context_tokens,
-        )
+        return self._tokenizer.tokenize(request, self._args.context_tokens)
 
     def detokenize(self, request: Detokenize) -> Detokenized:
         """Text of token ids."""
-        text = self._tokenizer.decode(request.token_ids, request_id=request.request_id)
-        return Detokenized(request_id=request.request_id, text=text)
+        return self._tokenizer.detokenize(request)
 
     def load(self) -> Load:
         """How busy the replica is."""

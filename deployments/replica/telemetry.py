@@ -1,0 +1,38 @@
+"""The replica's telemetry, bound to the cluster's metrics."""
+
+from cluster.telemetry.metrics import Metrics
+from deployments.messages import Load, StageTiming
+from deployments.replica.observe import EngineStats
+
+
+class ReplicaTelemetry:
+    """Implements :class:`deployments.replica.observe.EngineTelemetry`; totals and gauges come by :meth:`report`."""
+
+    def __init__(self, *, model: str, version: str) -> None:
+        self._metrics = Metrics(model=model, version=version)
+        self._reported = EngineStats()
+
+    def step_done(self, timing: StageTiming) -> None:
+        """Stages count their own steps."""
+
+    def first_token(self, seconds: float) -> None:
+        """Time to the first token, as the replica sees it."""
+        self._metrics.observe("manta_replica_time_to_first_token_seconds", seconds)
+
+    def request_done(self, seconds_per_token: float | None, num_completion_tokens: int) -> None:  # noqa: ARG002
+        """Time per output token; the gateway counts the tokens."""
+        if seconds_per_token is not None:
+            self._metrics.observe("manta_time_per_output_token_seconds", seconds_per_token)
+
+    def report(self, load: Load, stats: EngineStats) -> None:
+        """Set the gauges, and count what was added since the last report."""
+        before, self._reported = self._reported, stats
+        self._metrics.gauge("manta_num_requests_running", load.num_running)
+        self._metrics.gauge("manta_num_requests_waiting", load.num_waiting)
+        self._metrics.gauge("manta_num_tokens_waiting", load.num_waiting_tokens)
+        self._metrics.gauge("manta_kv_cache_usage", load.kv_used_fraction)
+        self._metrics.count("manta_steps_total", stats.num_steps - before.num_steps)
+        self._metrics.count("manta_preemptions_total", stats.num_preemptions - before.num_preemptions)
+        self._metrics.count("manta_prefix_cache_queries_total", stats.num_prefix_queries - before.num_prefix_queries)
+        self._metrics.count("manta_prefix_cache_hits_total", stats.num_prefix_hits - before.num_prefix_hits)
+        self._metrics.flush()
