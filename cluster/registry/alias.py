@@ -12,6 +12,7 @@ writer dies between its move and the repetition.
 
 import getpass
 import json
+import os
 import time
 from typing import Literal
 
@@ -78,7 +79,7 @@ class Aliases:
             generation=1 if current is None else current.generation + 1,
             previous=None if current is None else current.version,
             previous_generation=None if current is None else current.generation,
-            by=getpass.getuser(),
+            by=_user(),
             at=int(time.time()),
             reason=reason,
         )
@@ -112,7 +113,7 @@ class Aliases:
                 "previous": restored.previous,
                 "previous_generation": restored.previous_generation,
                 "kind": "rollback",
-                "by": getpass.getuser(),
+                "by": _user(),
                 "at": int(time.time()),
                 "reason": reason,
             }
@@ -166,6 +167,13 @@ class Aliases:
 
 def _move_path(model: str, alias: str, generation: int) -> str:
     return f"models/{model}/moves/{alias}/{generation}.json"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"uid {os.getuid()}"
 
 
 def _recorded_move(line: bytes) -> tuple[str, int] | None:
