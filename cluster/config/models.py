@@ -8,7 +8,9 @@ from pydantic import BeforeValidator, Field
 from cluster.config.base import AUTO, AUTO_OR_NUMBER, NUMBER, Name, PositiveSeconds, Seconds, StrictModel, refuse
 from cluster.config.nodes import Amount
 from cluster.config.sources import Source
-from cluster.plan.types import Dtype, Task
+
+Task = Literal["generate", "embed"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 AUTO_KV_CONTEXTS = 8
 """``kv_cache.tokens: auto`` holds this many full contexts."""

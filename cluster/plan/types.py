@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Task = Literal["generate", "embed"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+from cluster.config.models import Dtype as Dtype
+from cluster.config.models import Task as Task
 
 
 class PlanModel(BaseModel):
@@ -112,6 +112,8 @@ class ModelAppArgs(PlanModel):
     replicas: ReplicaRange
     code_digest: str
     """Digest of the three packages that made the plan; a replica running other code refuses to start."""
+    registry_name: str | None = None
+    """Name of the model in the registry where it differs from ``model`` (a ``registry://`` source)."""
 
 
 class RouteTarget(PlanModel):
@@ -165,6 +167,8 @@ class GatewayAppArgs(PlanModel):
 class KnownVersion(PlanModel):
     """A registry version the plan may use: what the registry knows of it."""
 
+    name: str
+    """Name in the registry."""
     version: str
     created: int
     """Unix time it was published, seconds."""
