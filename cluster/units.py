@@ -1,36 +1,38 @@
 """Human units to numbers and back: ``8GiB`` -> bytes, ``30s`` -> seconds."""
 
-import math
 import re
+from collections.abc import Mapping
+from decimal import Decimal
 
-_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+_BYTES: dict[str, int] = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KiB": 2**10,
     "MiB": 2**20,
     "GiB": 2**30,
     "TiB": 2**40,
 }
-_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER_AND_UNIT = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*$")
+_SECONDS: dict[str, int | Decimal] = {"ms": Decimal("0.001"), "s": 1, "m": 60, "h": 3600, "d": 86400}
+_NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
+_TOO_LARGE = 2**63
 
 
-def _parse(text: str, units: dict[str, float], example: str) -> float:
-    match = _NUMBER_AND_UNIT.match(text)
+def _parse(text: str, units: Mapping[str, int | Decimal], example: str) -> Decimal:
+    match = _NUMBER_AND_UNIT.fullmatch(text)
     if match is None or match[2] not in units:
         raise ValueError(f"{text!r} is not a number with a unit; write {example} ({', '.join(units)})")
-    number = float(match[1]) * units[match[2]]
-    if math.isinf(number):
+    number = Decimal(match[1]) * units[match[2]]
+    if number >= _TOO_LARGE:
         raise ValueError(f"{text[:20]}... is too large")
     return number
 
 
 def parse_bytes(text: str) -> int:
     """Bytes in ``text``, e.g. ``8GiB`` or ``500MB``; ValueError for anything else."""
-    return round(_parse(text, {name: float(size) for name, size in _BYTES.items()}, "8GiB or 500MB"))
+    return round(_parse(text, _BYTES, "8GiB or 500MB"))
 
 
 def parse_seconds(text: str) -> float:
     """Seconds in ``text``, e.g. ``30s``, ``1.5h`` or ``200ms``; ValueError for anything else."""
-    return _parse(text, _SECONDS, "30s or 200ms")
+    return float(_parse(text, _SECONDS, "30s or 200ms"))
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -52,4 +54,4 @@ def exact_bytes(num_bytes: int) -> str:
 
 def exact_seconds(seconds: float) -> str:
     """``seconds`` with its unit, so that ``parse_seconds`` gives it back exactly, e.g. ``600s`` or ``0.25s``."""
-    return f"{seconds:.0f}s" if float(seconds).is_integer() else f"{seconds!r}s"
+    return f"{Decimal(repr(float(seconds))):f}s".replace(".0s", "s")
