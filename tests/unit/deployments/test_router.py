@@ -1,0 +1,278 @@
+"""The router over real channels: requests find the least loaded replica, and lost replicas lose no unbegun request."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import numpy as np
+import pytest
+
+from cluster.plan.types import GatewaySettings, Route, RouteTarget, RoutingTable
+from deployments.channel import Channel, Listener
+from deployments.messages import (
+    Delta,
+    Detokenize,
+    Detokenized,
+    Embed,
+    Embedded,
+    Finished,
+    Generate,
+    Load,
+    Refused,
+    RequestRefused,
+    SamplingParams,
+    Started,
+    TextPrompt,
+    Tokenize,
+    Tokenized,
+)
+from deployments.replica.session import GatewaySession
+from deployments.router.choose import choose_replica, choose_target
+from deployments.router.connection import ReplicaEndpoint
+from deployments.router.pool import ReplicaPool
+from deployments.router.router import Router
+
+SETTINGS = GatewaySettings(
+    max_body_bytes=1000, max_streams=10, request_timeout_s=5, max_choices=4, max_stop_strings=4, max_logprobs=5
+)
+
+
+class SpeakingService:
+    """Says its own name, one character at a time; holds after ``hold_after`` characters until released."""
+
+    def __init__(self, name: str, *, hold_after: int | None = None, draining: bool = False) -> None:
+        self.name = name
+        self.hold_after = hold_after
+        self.draining = draining
+        self.released = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.seen: list[str] = []
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Started | Delta | Finished]:
+        self.seen.append(request.request_id)
+        if self.draining:
+            raise RequestRefused(Refused(request_id=request.request_id, code="draining", message="leaving"))
+        try:
+            yield Started(request_id=request.request_id, num_prompt_tokens=1, num_cached_tokens=0, seed=1)
+            for index, character in enumerate(self.name):
+                if index == self.hold_after:
+                    await self.released.wait()
+                yield Delta(request_id=request.request_id, index=0, text=character, token_ids=(index,))
+            yield Finished(
+                request_id=request.request_id,
+                num_prompt_tokens=1,
+                num_cached_tokens=0,
+                num_completion_tokens=len(self.name),
+            )
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
+
+    async def embed(self, request: Embed):
+        vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
+        header = Embedded(request_id=request.request_id, num_vectors=2, dimensions=3, num_prompt_tokens=4)
+        return header, vectors
+
+    def tokenize(self, request: Tokenize) -> Tokenized:
+        raise ValueError("a mistake of ours")
+
+    def detokenize(self, request: Detokenize) -> Detokenized:
+        return Detokenized(request_id=request.request_id, text="".join(chr(t) for t in request.token_ids))
+
+    def load(self) -> Load:
+        return Load(num_running=0, num_waiting=0, num_waiting_tokens=0, kv_used_fraction=0.0, draining=self.draining)
+
+
+class Cluster:
+    """Replicas that can be added and killed; what Serve would be to a router."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[str, dict[str, ReplicaEndpoint]] = {}
+        self._listeners: dict[str, Listener] = {}
+        self._channels: dict[str, list[Channel]] = {}
+
+    async def add(self, app: str, service: SpeakingService) -> None:
+        channels: list[Channel] = []
+
+        async def converse(channel: Channel) -> None:
+            channels.append(channel)
+            await GatewaySession(channel, service).run()
+
+        listener = Listener(converse)
+        address = await listener.start("127.0.0.1")
+        endpoint = ReplicaEndpoint(replica_id=service.name, address=address, secret=listener.secret)
+        self.endpoints.setdefault(app, {})[service.name] = endpoint
+        self._listeners[service.name] = listener
+        self._channels[service.name] = channels
+
+    async def kill(self, app: str, name: str) -> None:
+        del self.endpoints[app][name]
+        for channel in self._channels[name]:
+            channel.close()
+        await self._listeners[name].stop()
+
+    def open_pool(self, app: str) -> ReplicaPool:
+        async def discover() -> list[ReplicaEndpoint]:
+            return list(self.endpoints.get(app, {}).values())
+
+        async def wake() -> ReplicaEndpoint:
+            while not self.endpoints.get(app):
+                await asyncio.sleep(0.01)
+            return next(iter(self.endpoints[app].values()))
+
+        return ReplicaPool(app, discover, wake)
+
+    async def stop(self) -> None:
+        for listener in self._listeners.values():
+            await listener.stop()
+
+
+def table(**targets: list[tuple[str, float]]) -> RoutingTable:
+    routes = tuple(
+        Route(
+            model=model,
+            task="generate",
+            context_tokens=64,
+            created=0,
+            targets=tuple(RouteTarget(app=app, version="v1", weight=weight) for app, weight in apps),
+        )
+        for model, apps in targets.items()
+    )
+    return RoutingTable(settings=SETTINGS, routes=routes)
+
+
+@contextlib.asynccontextmanager
+async def routed(*services: SpeakingService) -> AsyncIterator[tuple[Router, Cluster]]:
+    cluster = Cluster()
+    for service in services:
+        await cluster.add("m-v1", service)
+    router = Router(table(m=[("m-v1", 1.0)]), cluster.open_pool)
+    try:
+        yield router, cluster
+    finally:
+        await router.close()
+        await cluster.stop()
+
+
+def request(number: int, deadline_s: float = 5.0) -> Generate:
+    return Generate(
+        request_id=f"r{number}",
+        prompt=TextPrompt(text="hi"),
+        sampling=SamplingParams(max_tokens=5),
+        max_tokens=5,
+        deadline_s=deadline_s,
+    )
+
+
+async def text_of(router: Router, number: int) -> str:
+    events = [event async for event in router.generate("m", request(number))]
+    assert [type(events[0]), type(events[-1])] == [Started, Finished]
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+async def test_requests_spread_over_replicas_by_what_is_open_on_them() -> None:
+    held = [SpeakingService(name, hold_after=1) for name in ("aaa", "bbb")]
+    async with routed(*held) as (router, _):
+        await router._pools["m-v1"].refresh()
+        tasks = [asyncio.create_task(text_of(router, number)) for number in range(6)]
+        while sum(len(service.seen) for service in held) < 6:
+            await asyncio.sleep(0.01)
+        assert [len(service.seen) for service in held] == [3, 3]
+        for service in held:
+            service.released.set()
+        assert sorted(await asyncio.gather(*tasks)) == ["aaa"] * 3 + ["bbb"] * 3
+
+
+async def test_leaving_a_stream_cancels_it_at_the_replica() -> None:
+    service = SpeakingService("abc", hold_after=1)
+    async with routed(service) as (router, _):
+        events = router.generate("m", request(1))
+        assert isinstance(await anext(events), Started)
+        assert isinstance(await anext(events), Delta)
+        await events.aclose()
+        await asyncio.wait_for(service.cancelled.wait(), 5)
+
+
+async def test_a_replica_lost_before_the_first_token_is_replaced_by_another() -> None:
+    dying, other = SpeakingService("aaa", hold_after=0), SpeakingService("bbb")
+    async with routed(dying, other) as (router, cluster):
+        task = asyncio.create_task(text_of(router, 1))
+        while not dying.seen:
+            await asyncio.sleep(0.01)
+        await cluster.kill("m-v1", "aaa")
+        assert await asyncio.wait_for(task, 5) == "bbb"
+
+
+async def test_a_replica_lost_in_the_middle_ends_the_request_with_an_explicit_error() -> None:
+    dying = SpeakingService("aaa", hold_after=1)
+    async with routed(dying) as (router, cluster):
+        events = router.generate("m", request(1))
+        await anext(events)
+        await anext(events)
+        await cluster.kill("m-v1", "aaa")
+        with pytest.raises(RequestRefused, match="replica was lost"):
+            await asyncio.wait_for(anext(events), 5)
+
+
+async def test_a_draining_replica_hands_new_requests_to_another() -> None:
+    async with routed(SpeakingService("aaa", draining=True), SpeakingService("bbb")) as (router, _):
+        assert await text_of(router, 1) == "bbb"
+
+
+async def test_a_request_waits_for_the_first_replica_until_its_deadline() -> None:
+    async with routed() as (router, cluster):
+        waiting = asyncio.create_task(text_of(router, 1))
+        with pytest.raises(RequestRefused, match="no replica answered within"):
+            await anext(router.generate("m", request(2, deadline_s=0.05)))
+        await cluster.add("m-v1", SpeakingService("late"))
+        assert await asyncio.wait_for(waiting, 5) == "late"
+
+
+async def test_a_new_table_moves_new_requests_and_leaves_old_ones_where_they_are() -> None:
+    old, new = SpeakingService("old", hold_after=1), SpeakingService("new")
+    async with routed(old) as (router, cluster):
+        await cluster.add("m-v2", new)
+        events = router.generate("m", request(1))
+        await anext(events)
+        router.replace(table(m=[("m-v2", 1.0)]))
+        assert await text_of(router, 2) == "new"
+        old.released.set()
+        assert "".join([e.text async for e in events if isinstance(e, Delta)]) == "old"
+        router.replace(table())
+        with pytest.raises(RequestRefused, match="no longer served"):
+            await text_of(router, 3)
+
+
+async def test_questions_are_answered_and_a_mistake_of_the_replica_is_an_internal_error() -> None:
+    async with routed(SpeakingService("aaa")) as (router, _):
+        header, vectors = await router.embed("m", Embed(request_id="e", inputs=("a", "b"), deadline_s=5))
+        assert header.num_prompt_tokens == 4
+        assert vectors.tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert (await router.detokenize("m", Detokenize(request_id="d", token_ids=(104, 105)))).text == "hi"
+        with pytest.raises(RequestRefused, match="a mistake of ours"):
+            await router.tokenize("m", Tokenize(request_id="t", prompt=TextPrompt(text="x")))
+        assert await text_of(router, 9) == "aaa"
+
+
+def test_traffic_is_split_by_weight() -> None:
+    targets = [RouteTarget(app="a", version="v1", weight=3), RouteTarget(app="b", version="v2", weight=1)]
+    chosen = [choose_target(targets, point / 100).app for point in range(100)]
+    assert chosen.count("a") == 75
+    assert choose_target([RouteTarget(app="a", version="v1", weight=0), targets[1]], 0.0).app == "b"
+
+
+def test_the_least_loaded_replica_is_chosen_and_never_a_draining_one() -> None:
+    def load(waiting_tokens: int = 0, running: int = 0, draining: bool = False) -> Load:
+        return Load(
+            num_running=running,
+            num_waiting=0,
+            num_waiting_tokens=waiting_tokens,
+            kv_used_fraction=0.0,
+            draining=draining,
+        )
+
+    assert choose_replica({"a": load(10), "b": load(5)}, {}) == "b"
+    assert choose_replica({"a": load(), "b": load()}, {"a": 2, "b": 1}) == "b"
+    assert choose_replica({"a": load(running=4), "b": load(running=1)}, {"a": 0, "b": 2}) == "b"
+    assert choose_replica({"a": load(draining=True), "b": load(99, 99)}, {}) == "b"
+    assert choose_replica({"a": load(draining=True)}, {}) is None
