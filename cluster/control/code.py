@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cluster
 from cluster.errors import ControlError
+from cluster.errors import ControlError
 
 PACKAGES = ("cluster", "deployments", "train_jobs")
 
@@ -37,4 +38,18 @@ def check_code_digest(expected: str) -> None:
         raise ControlError(
             f"{install_root()}: this process runs code {actual[:12]}, but the plan was made by code {expected[:12]}; "
             "install the same Manta on every node, or run `manta up` again"
+        )
+
+
+def check_code_digest(planned: str) -> None:
+    """Refuse to run under a plan that other code made: ControlError with both digests and the remedy.
+
+    The planned code is what was tested together; other code on a node is an old installation, or another package of
+    the same name that stands first on ``sys.path``.
+    """
+    actual = code_digest()
+    if actual != planned:
+        raise ControlError(
+            f"this process runs other code than the plan was made with: {actual[:12]} from {install_root()}, planned "
+            f"{planned[:12]}; install the same version on every node, then run `manta up` again"
         )

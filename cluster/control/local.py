@@ -69,14 +69,20 @@ class LocalRay:
             )
         return state
 
-    def start(self, say: Say) -> None:
+    def dashboard(self) -> Dashboard | None:
+        """The dashboard of the Ray that runs, None when it does not."""
+        state = self.running()
+        return None if state is None else self._await_dashboard(state)
+
+    def start(self, say: Say) -> Dashboard:
         """Start Ray unless it runs, and wait until its dashboard answers."""
         state = self.running()
         if state is None:
             self._end_leftovers(say)
             self._check_ports()
+            say("Starting Ray on this machine.")
             state = self._spawn()
-        self._await_dashboard(state)
+        return self._await_dashboard(state)
 
     def stop(self, say: Say) -> bool:
         """End the Ray that was started, and nothing else; False when there was none."""
@@ -181,7 +187,7 @@ class LocalRay:
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
         return start + [f"--{name}={value}" for name, value in options.items()]
 
-    def _await_dashboard(self, state: LocalState) -> None:
+    def _await_dashboard(self, state: LocalState) -> Dashboard:
         dashboard = Dashboard(self.dashboard_url)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not dashboard.is_up():
@@ -195,6 +201,7 @@ class LocalRay:
                     f"see {self.log_path()}, and `manta down` before the next try"
                 )
             time.sleep(_POLL_S)
+        return dashboard
 
     def _log_tail(self) -> str:
         lines = self.log_path().read_text(errors="replace").splitlines()
@@ -212,7 +219,7 @@ class LocalRay:
 
 
 def ray_environment(current: Mapping[str, str], metric_ports: list[int]) -> dict[str, str]:
-    """Environment of ``ray start``, inherited by all its processes: the current one, and what Ray reads only there."""
+    """Environment of ``ray start``, which all its processes inherit: the current one, and what Ray reads there."""
     kept = {name: value for name, value in current.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
     return kept | {
         "RAY_AUTH_MODE": "disabled",

@@ -170,6 +170,7 @@ def _with_stages(
             downscale_delay_s=model.replicas.downscale_delay,
         ),
         code_digest=code_digest,
+        registry_name=None if version.name == model.name else version.name,
     )
 
 
@@ -197,7 +198,7 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
         layer_start=start,
         layer_stop=stop,
         has_embedding=start == 0,
-        has_head=last and facts.task == "generate",
+        has_head=last,
         weight_bytes=weight_bytes(facts, start=start, stop=stop, dtype=model.dtype),
         kv_bytes=kv_bytes(facts, shape, stop - start),
         activation_bytes=activation_bytes(facts, shape, last=last),

@@ -2,7 +2,7 @@
 
 A new version is up before the routes move to it, and the old one goes after that::
 
-    DeployApps (old + new) -> AwaitApps -> SwitchRoutes -> RemoveApps (old)
+    ImportModel -> StartCluster -> DeployApps (old + new) -> AwaitApps -> SwitchRoutes -> RemoveApps (old)
 
 Where the plan has no room for both at once, the old one goes first.
 """
@@ -26,6 +26,8 @@ class ObservedApp:
     status: str
     config: ServeApp
     num_running_replicas: int = 0
+    declarative: bool = True
+    """Deployed over REST; Serve removes such an application when a later PUT does not name it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,10 @@ class Observed:
     def own(self) -> dict[str, ObservedApp]:
         """Applications that Manta deployed; all others are never touched."""
         return {name: app for name, app in self.apps.items() if is_own(app.config)}
+
+    def foreign_configs(self) -> list[ServeApp]:
+        """Configs of other people's applications that every PUT must repeat, or Serve would remove them."""
+        return [app.config for app in self.apps.values() if app.declarative and not is_own(app.config)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +120,9 @@ def diff(plan: Plan, observed: Observed) -> tuple[Action, ...]:
     """
     _check_address(plan, observed)
     actions: list[Action] = []
+    actions.extend(_import(model.name, model.source) for model in plan.missing)
     if not observed.ray_running:
         actions.append(StartCluster(sentence=f"Start Ray on this machine for cluster {plan.name}."))
-    actions.extend(_import(model.name, model.source) for model in plan.missing)
     actions.extend(_app_actions(plan, observed))
     return tuple(actions) or (Nothing(),)
 

@@ -86,4 +86,4 @@ def config(models: str = SMOLLM2, nodes: str = ONE_BOX, provider: str = "{kind: 
 
 def known(version: str = "v1", model_facts: ModelFacts | None = None) -> KnownVersion:
     """A registry version of SmolLM2."""
-    return KnownVersion(version=version, created=1_700_000_000, facts=model_facts or facts())
+    return KnownVersion(name="smollm2", version=version, created=1_700_000_000, facts=model_facts or facts())

@@ -1,0 +1,48 @@
+"""The existing provider: the address of somebody else's Ray in, its dashboard out. Never starts or stops Ray."""
+
+from cluster.config.nodes import ExistingProvider
+from cluster.control.dashboard import Dashboard
+from cluster.control.local import Say
+from cluster.control.observe import observe
+from cluster.control.wait import await_gone
+
+_STOP_TIMEOUT_S = 180.0
+
+
+class ExistingRay:
+    """A cluster that runs already; the token it may want is read from RAY_AUTH_TOKEN."""
+
+    def __init__(self, provider: ExistingProvider) -> None:
+        self._dashboard = Dashboard.with_token_from_environment(provider.dashboard)
+
+    def dashboard(self) -> Dashboard:
+        """Its dashboard; ControlError unless it answers, and takes the token."""
+        self._dashboard.version()
+        return self._dashboard
+
+    def start(self, say: Say) -> Dashboard:
+        """Nothing to start: the dashboard, as :meth:`dashboard` gives it."""
+        say(f"Using the Ray cluster at {self._dashboard.url}.")
+        return self.dashboard()
+
+    def stop(self, say: Say) -> bool:
+        """Remove what Manta deployed and leave everything else as it is; False when there is nothing of Manta's.
+
+        Applications that were deployed by other means than REST are not in the body, and Serve leaves them alone.
+        """
+        dashboard = self.dashboard()
+        details = dashboard.serve_details()
+        observed = observe(dashboard)
+        if not observed.own:
+            return False
+        for name in observed.own:
+            say(f"Removing application {name}.")
+        dashboard.put_applications(
+            {
+                "proxy_location": details["proxy_location"],
+                "http_options": {key: details["http_options"][key] for key in ("host", "port")},
+                "applications": observed.foreign_configs(),
+            }
+        )
+        await_gone(dashboard, sorted(observed.own), timeout_s=_STOP_TIMEOUT_S)
+        return True

@@ -1,0 +1,56 @@
+"""Models of the config in the registry: what is there already, and bringing in what is not."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cluster.config.models import ModelConfig
+from cluster.config.schema import ClusterConfig
+from cluster.config.sources import PathSource, RegistrySource
+from cluster.plan.types import KnownVersion
+from cluster.registry.facts import read_facts
+from cluster.registry.manifest import ModelVersion
+from cluster.registry.progress import Progress
+from cluster.registry.sources.importer import find_imported, import_source, path_sha256
+from cluster.registry.store import Registry
+
+
+def known_versions(config: ClusterConfig, registry: Registry) -> dict[str, KnownVersion]:
+    """The versions that need no import. RegistryError when a ``registry://`` source names none that exists."""
+    found = {model.name: _find(model, registry) for model in config.models}
+    return {name: _known(registry, version) for name, version in found.items() if version is not None}
+
+
+def import_missing(
+    config: ClusterConfig, registry: Registry, known: Mapping[str, KnownVersion], progress: Progress, code_digest: str
+) -> dict[str, KnownVersion]:
+    """``known`` and every other model of ``config``, imported now; SourceError says what is wrong with a source."""
+    versions = dict(known)
+    for model in config.models:
+        if model.name not in versions:
+            version = import_source(
+                registry,
+                model.name,
+                str(model.source),
+                sha256=model.sha256,
+                task=model.task,
+                dtype=model.dtype,
+                progress=progress,
+                code_digest=code_digest,
+            )
+            versions[model.name] = _known(registry, version)
+    return versions
+
+
+def _find(model: ModelConfig, registry: Registry) -> ModelVersion | None:
+    if isinstance(model.source, RegistrySource):
+        return registry.resolve(f"{model.source.model}@{model.source.reference}")
+    sha256 = model.sha256
+    if isinstance(model.source, PathSource) and Path(model.source.path).exists():
+        sha256 = path_sha256(Path(model.source.path))  # the same path may hold other bytes by now
+    return find_imported(registry, model.name, str(model.source), sha256=sha256, task=model.task, dtype=model.dtype)
+
+
+def _known(registry: Registry, version: ModelVersion) -> KnownVersion:
+    return KnownVersion(
+        name=version.name, version=version.version, created=int(version.created), facts=read_facts(registry, version)
+    )
