@@ -1,7 +1,7 @@
 """Talking to a running gateway over HTTP, as any client would: a question in, the model's words or its error out."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,7 +31,7 @@ class Gateway:
         answer = self._post("/v1/chat/completions", body).json()
         return str(answer["choices"][0]["message"]["content"])
 
-    def stream_chat(self, model: str, messages: list[ChatMessage]) -> Iterator[str]:
+    def stream_chat(self, model: str, messages: list[ChatMessage]) -> Generator[str, None, None]:
         """Pieces of the answer as they come; closing the iterator cancels the request."""
         body = {"model": model, "messages": messages, "stream": True}
         with self._post("/v1/chat/completions", body, stream=True) as response:

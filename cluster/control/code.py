@@ -9,7 +9,6 @@ from pathlib import Path
 
 import cluster
 from cluster.errors import ControlError
-from cluster.errors import ControlError
 
 PACKAGES = ("cluster", "deployments", "train_jobs")
 
@@ -29,16 +28,6 @@ def code_digest(root: Path | None = None) -> str:
             digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
             digest.update(content)
     return digest.hexdigest()
-
-
-def check_code_digest(expected: str) -> None:
-    """Raise ControlError unless this process runs the code that made the plan."""
-    actual = code_digest()
-    if actual != expected:
-        raise ControlError(
-            f"{install_root()}: this process runs code {actual[:12]}, but the plan was made by code {expected[:12]}; "
-            "install the same Manta on every node, or run `manta up` again"
-        )
 
 
 def check_code_digest(planned: str) -> None:

@@ -123,7 +123,7 @@ def status_from(
     }
     http = details.get("http_options") or {}
     by_id = {actor["actorId"]: actor for actor in actors}
-    stages = _stage_actors(actors)
+    stages = stage_actors(actors)
     models: dict[str, list[VersionStatus]] = {}
     tasks: dict[str, str] = {}
     gateway = None
@@ -147,7 +147,7 @@ def status_from(
     )
 
 
-def _stage_actors(actors: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
+def stage_actors(actors: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The newest actor of each (application, replica, stage index): a replaced stage leaves a dead one behind."""
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     for actor in sorted(actors, key=lambda actor: actor.get("startTime") or 0):

@@ -1,0 +1,276 @@
+"""The ``manta`` command: arguments in, one call, text or JSON and an exit status out.
+
+Exit status 0: done. 1: it failed (a lost process, a refused download, a model that does not start). 2: the command
+line, the config or the plan is wrong. Errors are plain lines on standard error.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster import cli_models
+from cluster.config.load import load_config
+from cluster.config.schema import ClusterConfig, json_schema
+from cluster.control.apply import down, plan_actions, up
+from cluster.control.ask import Gateway
+from cluster.control.chat import answer_once, converse
+from cluster.control.dashboard import Dashboard
+from cluster.control.logs import LogLine, follow_logs, log_files, read_logs
+from cluster.control.observe import cluster_status
+from cluster.control.provider import ray_of
+from cluster.control.report import report_to
+from cluster.control.samples import base_url, first_answers, next_steps
+from cluster.control.tables import plan_view, status_view
+from cluster.errors import ControlError, MantaError, UsageError
+from cluster.plan.diff import Nothing
+from cluster.units import parse_seconds
+
+_DEFAULT_URL = "http://127.0.0.1:8000"
+_DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
+_INTERRUPTED = 130
+
+_EPILOG = """\
+a first session:
+  manta up configs/quickstart.yaml       start, serve, and answer a first question
+  manta chat smollm2 "What is Ray?"      ask
+  manta status configs/quickstart.yaml   what runs, where, and how much memory it takes
+  manta down configs/quickstart.yaml     stop what `up` started
+
+exit status: 0 done, 1 failed, 2 wrong command line, config or plan
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except MantaError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_status
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted. Run the same command again to go on from here.\n")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (`| head`) has enough
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="manta",
+        description="Trains, versions and serves models on one elastic Ray cluster, from one YAML file.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"manta {version('manta-cluster')}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add(verbs, "validate", _validate, "check a config and print every mistake in it", config=True)
+    _add(verbs, "plan", _plan, "show what would run where, and what `up` would do now", config=True)
+    up_verb = _add(verbs, "up", _up, "make the cluster as the config says", config=True)
+    up_verb.add_argument(
+        "--timeout", type=_seconds, default=1800.0, metavar="TIME", help="longest wait for the models (default 30m)"
+    )
+    _add(verbs, "status", _status, "list models, versions, replicas and stages", config=True)
+    _add(verbs, "down", _down, "stop what `up` started, and nothing else", config=True)
+    _add_chat(verbs)
+    _add_logs(verbs)
+    config_verb = verbs.add_parser("config", help="about the config file").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    _add(config_verb, "schema", _schema, "print the JSON schema of the YAML, for editors", as_json=False)
+    cli_models.add_parser(verbs)
+    verbs.choices["models"].set_defaults(run=cli_models.run)
+    return parser
+
+
+def _add(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    *,
+    config: bool = False,
+    as_json: bool = True,
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    if config:
+        parser.add_argument("config", type=Path, metavar="CONFIG", help="the YAML file")
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_chat(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    chat = _add(verbs, "chat", _chat, "talk to a model; without PROMPT, a conversation", as_json=False)
+    chat.add_argument("model", metavar="MODEL", help="name of the model in the YAML")
+    chat.add_argument("prompt", metavar="PROMPT", nargs="?", help="one question; - reads it from standard input")
+    where = chat.add_mutually_exclusive_group()
+    where.add_argument("--config", type=Path, metavar="CONFIG", help="the YAML file that says where the gateway is")
+    where.add_argument("--url", help=f"base URL of the gateway (default {_DEFAULT_URL})")
+
+
+def _add_logs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    logs = _add(verbs, "logs", _logs, "print the logs of a model's replicas and stages")
+    logs.add_argument("model", metavar="MODEL", help="a model, an application such as smollm2-v1, or gateway")
+    logs.add_argument("config", type=Path, metavar="CONFIG", nargs="?", help="the YAML file")
+    logs.add_argument("--dashboard", metavar="URL", help=f"without CONFIG: the Ray dashboard ({_DEFAULT_DASHBOARD})")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as lines are added, until Ctrl-C")
+    logs.add_argument(
+        "-n", "--lines", type=_count, default=100, metavar="N", help="last N lines of each (default 100)"
+    )
+
+
+def _validate(args: argparse.Namespace) -> int:
+    config = load_config(args.config)
+    if args.json:
+        _print_json(config.model_dump(mode="json"))
+    else:
+        names = ", ".join(model.name for model in config.models)
+        _print(f"{args.config} is valid: cluster {config.name} with {len(config.models)} models ({names}).")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    plan, actions = plan_actions(load_config(args.config))
+    if args.json:
+        _print_json({"plan": plan.model_dump(mode="json"), "actions": [_action(action) for action in actions]})
+    else:
+        Console().print(plan_view(plan, actions))
+    return 0
+
+
+def _up(args: argparse.Namespace) -> int:
+    config = load_config(args.config)
+    report = report_to()
+    try:
+        applied = up(config, report, timeout_s=args.timeout)
+        url = base_url(config)
+        changed = applied.actions != (Nothing(),)
+        answers = first_answers(Gateway(url), applied.plan.models, report.say) if changed else ()
+    finally:
+        report.close()
+    if args.json:
+        _print_json(
+            {
+                "url": f"{url}/v1",
+                "dashboard": applied.dashboard_url,
+                "actions": [_action(action) for action in applied.actions],
+                "answers": [
+                    {"model": answer.model, "question": answer.question, "answer": answer.text} for answer in answers
+                ],
+            }
+        )
+    else:
+        if not changed:
+            _print(Nothing().sentence)
+        _print(next_steps(config, applied.plan, applied.dashboard_url, answers, str(args.config)))
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    config = load_config(args.config)
+    status = cluster_status(config.name, ray_of(config).dashboard())
+    if args.json:
+        _print_json(status.model_dump(mode="json"))
+    else:
+        Console().print(status_view(status))
+    return 0
+
+
+def _down(args: argparse.Namespace) -> int:
+    config = load_config(args.config)
+    report = report_to()
+    try:
+        stopped = down(config, report)
+    finally:
+        report.close()
+    if args.json:
+        _print_json({"stopped": stopped})
+    else:
+        _print(f"Cluster {config.name} is down." if stopped else f"Nothing of cluster {config.name} runs.")
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    url = base_url(load_config(args.config)) if args.config is not None else args.url or _DEFAULT_URL
+    gateway = Gateway(url)
+    if args.prompt is None and sys.stdin.isatty():
+        import readline  # noqa: F401 (gives input() line editing and history; only a conversation wants it)
+
+        _print(f"Talking to {args.model}. Ctrl-C stops an answer, Ctrl-D leaves.")
+        converse(gateway, args.model)
+        return 0
+    prompt = sys.stdin.read().strip() if args.prompt in (None, "-") else args.prompt
+    if not prompt:
+        raise UsageError("manta chat: the prompt is empty; write one after the model's name")
+    answer_once(gateway, args.model, prompt)
+    return 0
+
+
+def _logs(args: argparse.Namespace) -> int:
+    if args.config is not None and args.dashboard is not None:
+        raise UsageError("manta logs: CONFIG and --dashboard both say where the cluster is; give one of them")
+    dashboard = _dashboard_of(args.config, args.dashboard)
+    files = log_files(dashboard, args.model)
+    read = follow_logs if args.follow else read_logs
+    try:
+        for line in read(dashboard, files, args.lines):
+            _print(_log_line(line, as_json=args.json))
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def _dashboard_of(path: Path | None, url: str | None) -> Dashboard:
+    if path is None:
+        return Dashboard.with_token_from_environment(url or _DEFAULT_DASHBOARD)
+    config: ClusterConfig = load_config(path)
+    dashboard = ray_of(config).dashboard()
+    if dashboard is None:
+        raise ControlError(f"cluster {config.name} does not run; start it with `manta up {path}`")
+    return dashboard
+
+
+def _log_line(line: LogLine, *, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"source": line.label, "line": line.text})
+    return f"{line.label}  {line.text}"
+
+
+def _schema(args: argparse.Namespace) -> int:  # noqa: ARG001 (the signature of a verb)
+    _print_json(json_schema())
+    return 0
+
+
+def _action(action: object) -> dict[str, object]:
+    return {name: getattr(action, name) for name in ("kind", "sentence", "apps", "model") if hasattr(action, name)}
+
+
+def _seconds(text: str) -> float:
+    try:
+        return parse_seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of lines; write 1 or more")
+    return int(text)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _print_json(value: object) -> None:
+    _print(json.dumps(value, indent=2))
