@@ -25,8 +25,12 @@ from deployments.messages import (
     Detokenized,
     Prompt,
     RefusalCode,
+    Refused,
+    RequestRefused,
     Sample,
     TextPrompt,
+    Tokenize,
+    Tokenized,
     TokenLogprob,
 )
 
@@ -35,16 +39,6 @@ Spelling = Literal["byte_level", "sentencepiece", "other"]
 _SPACE_MARK = "\u2581"
 _SENTENCEPIECE_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 _utf8_replacing = codecs.getincrementaldecoder("utf-8")
-
-
-class PromptError(Exception):
-    """A prompt that cannot become tokens; ``code``, ``message`` and ``param`` are those of the refusal."""
-
-    def __init__(self, code: RefusalCode, message: str, param: str | None) -> None:
-        super().__init__(code, message, param)
-        self.code: RefusalCode = code
-        self.message = message
-        self.param = param
 
 
 class TokenStream(Protocol):
@@ -89,40 +83,78 @@ class TextTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         return cls(tokenizer, read_eos_token_ids(directory, tokenizer.eos_token_id))
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; raises PromptError. Safe to call from several threads."""
+    def encode(self, prompt: Prompt, *, request_id: str) -> list[int]:
+        """Token ids of a prompt, at least one; raises RequestRefused. Safe to call from several threads."""
         if isinstance(prompt, TextPrompt):
-            token_ids = self.encode_text(prompt.text, add_special_tokens=prompt.add_special_tokens)
+            token_ids = self.encode_text(
+                prompt.text, request_id=request_id, add_special_tokens=prompt.add_special_tokens
+            )
         elif isinstance(prompt, ChatPrompt):
-            token_ids = self.encode_text(self._render(prompt), add_special_tokens=False, param="messages")
+            text = self._render(prompt, request_id)
+            token_ids = self.encode_text(text, request_id=request_id, add_special_tokens=False, param="messages")
         else:
             token_ids = list(prompt.token_ids)
+            self._check_known(token_ids, request_id, "prompt")
         if not token_ids:
-            raise PromptError("invalid_request", "the prompt has no tokens; write at least one", _param(prompt))
+            message = "the prompt has no tokens; write at least one"
+            raise _refusal(request_id, "invalid_request", message, prompt_param(prompt))
         return token_ids
 
-    def encode_text(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
-        """Token ids of ``text``, which may be empty; PromptError for text that is not Unicode."""
+    def encode_text(
+        self, text: str, *, request_id: str, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> list[int]:
+        """Token ids of ``text``, which may be empty; RequestRefused for text that is not Unicode."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             message = f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
-            raise PromptError("invalid_request", f"{message}; send valid Unicode", param) from error
+            raise _refusal(request_id, "invalid_request", f"{message}; send valid Unicode", param) from error
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def _render(self, prompt: ChatPrompt) -> str:
+    def encode_inputs(self, inputs: Sequence[str | tuple[int, ...]], *, request_id: str) -> list[tuple[int, ...]]:
+        """Token ids of each input of an embedding request, none of them empty; raises RequestRefused."""
+        encoded = []
+        for index, item in enumerate(inputs):
+            if isinstance(item, str):
+                token_ids = tuple(self.encode_text(item, request_id=request_id, param="input"))
+            else:
+                token_ids = item
+                self._check_known(token_ids, request_id, "input")
+            if not token_ids:
+                message = f"input {index} has no tokens; write at least one"
+                raise _refusal(request_id, "invalid_request", message, "input")
+            encoded.append(token_ids)
+        return encoded
+
+    def _check_known(self, token_ids: Sequence[int], request_id: str, param: str) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self.vocab_size:
+                message = f"token id {token_id} is not in the vocabulary; allowed: 0 to {self.vocab_size - 1}"
+                raise _refusal(request_id, "invalid_request", message, param)
+
+    def _render(self, prompt: ChatPrompt, request_id: str) -> str:
         if not getattr(self._tokenizer, "chat_template", None):
             message = "this model has no chat template, so it cannot chat; use /v1/completions"
-            raise PromptError("unsupported", message, "messages")
+            raise _refusal(request_id, "unsupported", message, "messages")
         try:
             text = self._tokenizer.apply_chat_template(
                 list(prompt.messages), tokenize=False, add_generation_prompt=prompt.add_generation_prompt
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             message = f"the model's chat template does not take these messages: {error}"
-            raise PromptError("invalid_request", message, "messages") from error
+            raise _refusal(request_id, "invalid_request", message, "messages") from error
         return str(text)
+
+    def tokenize(self, request: Tokenize, context_tokens: int) -> Tokenized:
+        """Answer a Tokenize; raises RequestRefused."""
+        token_ids = self.encode(request.prompt, request_id=request.request_id)
+        return Tokenized(
+            request_id=request.request_id,
+            token_ids=tuple(token_ids),
+            token_texts=tuple(self.token_text(token_id) for token_id in token_ids),
+            context_tokens=context_tokens,
+        )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``; an incomplete character shows as U+FFFD."""
@@ -130,14 +162,10 @@ class TextTokenizer:
         return text
 
     def detokenize(self, request: Detokenize) -> Detokenized:
-        """Answer a Detokenize; raises PromptError for ids outside the vocabulary."""
-        for token_id in request.token_ids:
-            if not 0 <= token_id < self.vocab_size:
-                message = f"token id {token_id} is not in the vocabulary of {self.vocab_size}"
-                raise PromptError("invalid_request", message, "tokens")
-        return Detokenized(
-            request_id=request.request_id, text=self.decode(request.token_ids, skip_special_tokens=False)
-        )
+        """Answer a Detokenize, special tokens shown; raises RequestRefused for ids outside the vocabulary."""
+        self._check_known(request.token_ids, request.request_id, "tokens")
+        text = self.decode(request.token_ids, skip_special_tokens=False)
+        return Detokenized(request_id=request.request_id, text=text)
 
     def stream(self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> TokenStream:
         """Begin to decode what follows ``prompt_ids``; a word's leading space is kept, as it continues a text."""
@@ -276,8 +304,13 @@ def read_eos_token_ids(directory: Path, tokenizer_eos: int | None) -> tuple[int,
     return () if tokenizer_eos is None else (tokenizer_eos,)
 
 
-def _param(prompt: Prompt) -> str:
+def prompt_param(prompt: Prompt) -> str:
+    """The OpenAI field that a prompt came in."""
     return "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+
+
+def _refusal(request_id: str, code: RefusalCode, message: str, param: str) -> RequestRefused:
+    return RequestRefused(Refused(request_id=request_id, code=code, message=message, param=param))
 
 
 def _spelling(decoder: dict[str, Any] | None) -> Spelling:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.messages import ChatPrompt, Detokenize, Sample, TextPrompt, TokenPrompt
-from deployments.replica.text import PromptError, StopChecker, TextTokenizer, read_eos_token_ids
+from deployments.messages import ChatPrompt, Detokenize, RequestRefused, Sample, TextPrompt, Tokenize, TokenPrompt
+from deployments.replica.text import StopChecker, TextTokenizer, read_eos_token_ids
 from tests.support.tiny_tokenizer import (
     EOS_ID,
     byte_level_tokenizer,
@@ -27,7 +27,7 @@ def stream_text(tokenizer, prompt_ids, token_ids, **options):
 
 @given(st.text(), st.booleans())
 def test_byte_level_stream_gives_back_any_text(text, skip):
-    token_ids = TEXT.encode_text(text)
+    token_ids = TEXT.encode_text(text, request_id="r")
     assert "".join(stream_text(TEXT, [], token_ids, skip_special_tokens=skip)) == TEXT.decode(
         token_ids, skip_special_tokens=skip
     )
@@ -43,14 +43,14 @@ def test_byte_level_stream_equals_full_decoding_minus_an_incomplete_tail(token_i
 
 
 def test_no_piece_ends_in_half_a_character():
-    token_ids = TEXT.encode_text("a\u00e9\u4e16\U0001f600z")
+    token_ids = TEXT.encode_text("a\u00e9\u4e16\U0001f600z", request_id="r")
     pieces = stream_text(TEXT, [], token_ids)
     assert [piece for piece in pieces if piece] == ["a", "\u00e9", "\u4e16", "\U0001f600", "z"]
     assert len(token_ids) == 1 + 2 + 3 + 4 + 1
 
 
 def test_added_tokens_outside_the_byte_alphabet_are_decoded_as_written():
-    token_ids = TEXT.encode_text("x<|tag \u4e16|>y")
+    token_ids = TEXT.encode_text("x<|tag \u4e16|>y", request_id="r")
     assert len(token_ids) == 3
     assert "".join(stream_text(TEXT, [], token_ids)) == "x<|tag \u4e16|>y"
 
@@ -128,8 +128,11 @@ def test_ids_without_a_token_have_no_text():
 
 def test_chat_prompts_go_through_the_models_template():
     messages = ({"role": "user", "content": "hello"},)
-    assert TEXT.decode(TEXT.encode(ChatPrompt(messages=messages))) == "<|user|>hello\n<|assistant|>"
-    assert TEXT.decode(TEXT.encode(ChatPrompt(messages=messages, add_generation_prompt=False))) == "<|user|>hello\n"
+    assert TEXT.decode(TEXT.encode(ChatPrompt(messages=messages), request_id="r")) == "<|user|>hello\n<|assistant|>"
+    assert (
+        TEXT.decode(TEXT.encode(ChatPrompt(messages=messages, add_generation_prompt=False), request_id="r"))
+        == "<|user|>hello\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,21 +148,22 @@ def test_chat_prompts_go_through_the_models_template():
         (ChatPrompt(messages=({"role": "user", "content": "\ud800"},)), "invalid_request", "messages", "U+D800"),
         (TextPrompt(text="ab\udfff"), "invalid_request", "prompt", "U+DFFF at character 2"),
         (TextPrompt(text=""), "invalid_request", "prompt", "no tokens"),
+        (TokenPrompt(token_ids=(1, 100_000)), "invalid_request", "prompt", "100000 is not in the vocabulary"),
         (TokenPrompt(token_ids=()), "invalid_request", "prompt", "no tokens"),
     ],
 )
 def test_prompts_that_cannot_become_tokens(prompt, code, param, words):
-    with pytest.raises(PromptError) as caught:
-        TEXT.encode(prompt)
-    assert (caught.value.code, caught.value.param) == (code, param)
-    assert words in caught.value.message
+    with pytest.raises(RequestRefused) as caught:
+        TEXT.encode(prompt, request_id="r")
+    assert (caught.value.refused.code, caught.value.refused.param) == (code, param)
+    assert words in caught.value.refused.message
 
 
 def test_a_model_without_a_chat_template_says_what_to_use_instead():
     plain = TextTokenizer(byte_level_tokenizer(chat_template=None), ())
-    with pytest.raises(PromptError, match="/v1/completions") as caught:
-        plain.encode(ChatPrompt(messages=({"role": "user", "content": "x"},)))
-    assert caught.value.code == "unsupported"
+    with pytest.raises(RequestRefused, match="/v1/completions") as caught:
+        plain.encode(ChatPrompt(messages=({"role": "user", "content": "x"},)), request_id="r")
+    assert caught.value.refused.code == "unsupported"
 
 
 def test_a_tokenizer_without_the_fast_backend_is_refused():
@@ -169,8 +173,13 @@ def test_a_tokenizer_without_the_fast_backend_is_refused():
 
 def test_detokenize_refuses_ids_outside_the_vocabulary():
     assert TEXT.detokenize(Detokenize(request_id="r", token_ids=(EOS_ID,))).text == "<|end|>"
-    with pytest.raises(PromptError, match=str(TEXT.vocab_size)):
+    with pytest.raises(RequestRefused, match=f"0 to {TEXT.vocab_size - 1}"):
         TEXT.detokenize(Detokenize(request_id="r", token_ids=(TEXT.vocab_size,)))
+
+
+def test_tokenize_spells_every_token():
+    answer = TEXT.tokenize(Tokenize(request_id="r", prompt=TextPrompt(text="hello world")), 64)
+    assert (answer.token_texts, answer.context_tokens) == (("hello", " world"), 64)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +205,7 @@ def test_a_saved_tokenizer_loads_and_is_never_truncated(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 1}))
     loaded = TextTokenizer.load(tmp_path)
     assert loaded.eos_token_ids == (1,)
-    assert len(loaded.encode(TextPrompt(text="z" * 100))) == 100
+    assert len(loaded.encode(TextPrompt(text="z" * 100), request_id="r")) == 100
 
 
 def stop_reference(text, stops, include_stop):
@@ -208,7 +217,7 @@ def stop_reference(text, stops, include_stop):
     return text, None
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(
     st.text("ab", max_size=20),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),

@@ -1,0 +1,71 @@
+"""Requests that can never be served are refused here, before they cost anything; the rest leave with exact limits."""
+
+import secrets
+
+import msgspec
+
+from deployments.messages import Generate, RefusalCode, Refused, RequestRefused, SamplingParams
+from deployments.replica.text import prompt_param
+
+_SEED_BITS = 63
+
+
+def refuse(
+    request_id: str, code: RefusalCode, message: str, *, param: str | None = None, retry_after_s: float | None = None
+) -> RequestRefused:
+    """The exception that refuses a request."""
+    return RequestRefused(
+        Refused(request_id=request_id, code=code, message=message, param=param, retry_after_s=retry_after_s)
+    )
+
+
+def admit_sampling(
+    request: Generate, num_prompt_tokens: int, *, context_tokens: int, vocab_size: int
+) -> SamplingParams:
+    """The request's sampling parameters with ``max_tokens`` and ``seed`` decided; raises RequestRefused.
+
+    ``max_tokens`` None fills the context. A request without a seed gets one drawn here, so that it can be replayed.
+    """
+    _check_token_ids(request, vocab_size)
+    max_tokens = _max_tokens(request, num_prompt_tokens, context_tokens)
+    sampling = request.sampling
+    if sampling.min_tokens > max_tokens:
+        message = f"min_tokens is {sampling.min_tokens}, above max_tokens, which is {max_tokens}; lower it"
+        raise refuse(request.request_id, "invalid_request", message, param="min_tokens")
+    if sampling.n < 1:
+        message = f"n is {sampling.n}; ask for at least 1 choice"
+        raise refuse(request.request_id, "invalid_request", message, param="n")
+    seed = secrets.randbits(_SEED_BITS) if sampling.seed is None else sampling.seed
+    return msgspec.structs.replace(sampling, max_tokens=max_tokens, seed=seed)
+
+
+def _max_tokens(request: Generate, num_prompt_tokens: int, context_tokens: int) -> int:
+    if num_prompt_tokens >= context_tokens:
+        message = (
+            f"this model's context is {context_tokens} tokens, but the prompt alone has {num_prompt_tokens} "
+            f"and at least one must be generated; shorten the prompt to {context_tokens - 1} tokens"
+        )
+        raise refuse(request.request_id, "context_length_exceeded", message, param=prompt_param(request.prompt))
+    if request.max_tokens is None:
+        return context_tokens - num_prompt_tokens
+    if request.max_tokens < 1:
+        message = f"max_tokens is {request.max_tokens}; it must be at least 1"
+        raise refuse(request.request_id, "invalid_request", message, param="max_tokens")
+    total = num_prompt_tokens + request.max_tokens
+    if total > context_tokens:
+        message = (
+            f"this model's context is {context_tokens} tokens, but {total} were requested: {num_prompt_tokens} in "
+            f"the prompt and {request.max_tokens} to generate; shorten the prompt or lower max_tokens to "
+            f"{context_tokens - num_prompt_tokens}"
+        )
+        raise refuse(request.request_id, "context_length_exceeded", message, param=prompt_param(request.prompt))
+    return request.max_tokens
+
+
+def _check_token_ids(request: Generate, vocab_size: int) -> None:
+    sampling = request.sampling
+    for param, token_ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                message = f"{param} names token id {token_id}; this model's ids are 0 to {vocab_size - 1}"
+                raise refuse(request.request_id, "invalid_request", message, param=param)

@@ -1,0 +1,397 @@
+"""The engine of one replica: requests enter, steps go to the stages, samples come back, events leave.
+
+Two tasks do the work. The pump sends steps while the pipeline has room; it wakes when a request arrives or leaves.
+The receiver takes the stages' answers: it appends the samples, decides which sequences go on, sends the next step,
+and only then turns tokens into text, so that the stages compute meanwhile. All decisions are the scheduler's.
+
+When the stages fail, every request ends with an ``internal`` refusal at once (``on_stage_failure="refuse"``), or
+waits for :meth:`Engine.recover` (``"hold"``). Recovery resets all sequences: their keys and values are recomputed
+from prompt and emitted tokens, and because a token depends on nothing else, the streams go on as if nothing had been.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+from deployments.messages import (
+    Delta,
+    Finished,
+    Generate,
+    Load,
+    RefusalCode,
+    Refused,
+    RequestRefused,
+    StageFailed,
+    Started,
+    StepOutput,
+)
+from deployments.replica.admission import admit_sampling, refuse
+from deployments.replica.blocks import BlockPool
+from deployments.replica.encode import PromptEncoder
+from deployments.replica.link import LINK_ERRORS, StageLink
+from deployments.replica.observe import EngineStats, EngineTelemetry, MeanDuration, NoTelemetry
+from deployments.replica.request import Choice, Request
+from deployments.replica.scheduler import Scheduler, SchedulerConfig
+from deployments.replica.sequence import SequenceState
+from deployments.replica.text import TextTokenizer
+from deployments.stage.link import StageLostError
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.25  # how late a deadline may be noticed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits of one engine, in tokens, blocks and sequences; ValueError where they contradict each other."""
+
+    context_tokens: int
+    num_blocks: int
+    block_tokens: int
+    prefix_caching: bool = True
+    max_running: int
+    max_step_tokens: int
+    max_waiting: int
+    """Requests that may wait beyond those that can run at once."""
+    min_decode_split: int = 2
+    min_prefill_chunk: int = 64
+    on_stage_failure: Literal["refuse", "hold"] = "refuse"
+
+    def __post_init__(self) -> None:
+        """A single sequence must fit, or it could wait for ever."""
+        kv_tokens = self.num_blocks * self.block_tokens
+        if kv_tokens < self.context_tokens:
+            raise ValueError(
+                f"{self.num_blocks} KV blocks of {self.block_tokens} tokens hold {kv_tokens} tokens, less than one "
+                f"context of {self.context_tokens}; raise kv_cache.tokens or lower context_tokens"
+            )
+        if self.max_waiting < 0:
+            raise ValueError(f"max_waiting is {self.max_waiting}; it must be at least 0")
+
+
+class Engine:
+    """Serves Generate requests over one pipeline. Start, submit, drain, stop - in that order, in one event loop."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: TextTokenizer,
+        link: StageLink,
+        *,
+        telemetry: EngineTelemetry | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.failed: str | None = None
+        """Why the stages cannot be used; None while they can."""
+        self.pool = BlockPool(config.num_blocks, config.block_tokens, prefix_caching=config.prefix_caching)
+        self.scheduler = Scheduler(_scheduler_config(config, link), self.pool)
+        self._tokenizer = tokenizer
+        self._link = link
+        self._telemetry = telemetry or NoTelemetry()
+        self._clock = clock
+        self._requests: dict[str, Request] = {}
+        self._choices: dict[int, Choice] = {}
+        self._progressed: list[Choice] = []
+        self._sequence_ids = count(1)
+        self._encoding: set[str] = set()
+        self._encoder = PromptEncoder(tokenizer)
+        self._durations = MeanDuration()
+        self._num_done = self._num_refused = self._num_cancelled = self._num_recoveries = 0
+        self._draining = False
+        self._wake = asyncio.Event()
+        self._sent = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._send_lock = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Begin to serve."""
+        assert not self._tasks, "the engine is running already; this is a bug"
+        self._tasks = [asyncio.create_task(self._guard(work)) for work in (self._pump, self._receive_outputs)]
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and wait for those under way; what is left after ``timeout_s`` ends as ``draining``."""
+        self._draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        self._refuse_all("draining", "this replica is being stopped; send the request again")
+
+    async def stop(self) -> None:
+        """End every request and all work; the link stays the caller's to close."""
+        self._draining = True
+        await self._cancel_tasks()
+        self._refuse_all("draining", "this replica was stopped; send the request again")
+        self._encoder.stop()
+
+    async def recover(self, link: StageLink) -> None:
+        """Go on over new stages that know nothing: recompute every unfinished sequence, repeat and lose no token."""
+        await self._cancel_tasks()
+        self._emit_progress()
+        self.scheduler.reset(link.num_stages)
+        self._link = link
+        self.failed = None
+        self._num_recoveries += 1
+        self._sent.clear()
+        self._wake.set()
+        await self.start()
+
+    async def _cancel_tasks(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- requests ---
+
+    async def submit(self, request: Generate) -> AsyncGenerator[Started | Delta | Finished]:
+        """Events of one request; raises RequestRefused before the first or in the middle.
+
+        Closing the generator cancels the request: its blocks are free before the next step is planned.
+        """
+        admitted = await self._admit(request)
+        try:
+            while True:
+                event = await admitted.events.get()
+                if isinstance(event, Refused):
+                    raise RequestRefused(event)
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self._cancel(admitted)
+
+    async def _admit(self, generate: Generate) -> Request:
+        arrived_s = self._clock()
+        request_id = generate.request_id
+        try:
+            self._check_open(request_id)
+            self._encoding.add(request_id)
+            try:
+                prompt_ids = await self._encoder.encode(generate.prompt, request_id)
+            finally:
+                self._encoding.discard(request_id)
+            self._check_usable(request_id)  # the encoding may have taken a while
+            sampling = admit_sampling(
+                generate,
+                len(prompt_ids),
+                context_tokens=self.config.context_tokens,
+                vocab_size=self._tokenizer.vocab_size,
+            )
+        except RequestRefused:
+            self._num_refused += 1
+            raise
+        request = Request(
+            generate,
+            prompt_ids,
+            sampling,
+            tokenizer=self._tokenizer,
+            sequence_ids=self._sequence_ids,
+            arrived_s=arrived_s,
+        )
+        self._enter(request)
+        return request
+
+    def _check_open(self, request_id: str) -> None:
+        """Raise unless there is a place for one more request."""
+        self._check_usable(request_id)
+        if request_id in self._requests or request_id in self._encoding:
+            raise refuse(request_id, "invalid_request", f"request id {request_id!r} is already in use")
+        num_waiting = len(self._encoding) + sum(1 for request in self._requests.values() if not request.started)
+        num_places = self.config.max_waiting + max(0, self.config.max_running - self.scheduler.num_running)
+        if num_waiting >= num_places:
+            retry_after_s = self._durations.retry_after_s(num_waiting, self.config.max_running)
+            message = f"{num_waiting} requests are waiting, and no more than {num_places} may; try again later"
+            raise refuse(request_id, "overloaded", message, retry_after_s=retry_after_s)
+
+    def _check_usable(self, request_id: str) -> None:
+        if self._draining:
+            raise refuse(request_id, "draining", "this replica is being stopped; send the request again")
+        if self.failed is not None and self.config.on_stage_failure == "refuse":
+            raise refuse(request_id, "internal", self.failed)
+
+    def _enter(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self._idle.clear()
+        for choice in request.choices:
+            self._choices[choice.sequence.sequence_id] = choice
+            self.scheduler.add(choice.sequence)
+        self._wake.set()
+
+    def _cancel(self, request: Request) -> None:
+        if not request.ended:
+            self._num_cancelled += 1
+            self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        """Free all that a request holds; nothing is sent to its client any more."""
+        request.ended = True
+        del self._requests[request.request_id]
+        for choice in request.choices:
+            del self._choices[choice.sequence.sequence_id]
+            if choice.sequence.state is not SequenceState.FINISHED:
+                self.scheduler.end(choice.sequence)
+        if not self._requests:
+            self._idle.set()
+            if self.pool.num_used:
+                self._fail(f"{self.pool.num_used} blocks are held by nobody; this is a bug", recoverable=False)
+        self._wake.set()
+
+    def _refuse(self, request: Request, code: RefusalCode, message: str) -> None:
+        self._num_refused += 1
+        self._leave(request)
+        request.events.put_nowait(Refused(request_id=request.request_id, code=code, message=message))
+
+    def _refuse_all(self, code: RefusalCode, message: str) -> None:
+        for request in tuple(self._requests.values()):
+            self._refuse(request, code, message)
+
+    def check_deadlines(self) -> None:
+        """End every request whose time is up. The pump calls this; a test with a clock of its own may too."""
+        now = self._clock()
+        for request in tuple(self._requests.values()):
+            if now >= request.deadline_s:
+                num_seconds = request.deadline_s - request.arrived_s
+                self._refuse(request, "deadline_exceeded", f"the request was not done within {num_seconds:g} s")
+
+    # --- work ---
+
+    async def _guard(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run one of the two tasks; whatever ends it marks the engine as failed, for the health check to see."""
+        try:
+            await work()
+        except LINK_ERRORS as error:
+            self._fail(f"the stages are lost: {error}", recoverable=True)
+        except Exception as error:
+            logger.exception("the engine failed")
+            self._fail(f"the engine failed: {error!r}; this is a bug", recoverable=False)
+
+    def _fail(self, message: str, *, recoverable: bool) -> None:
+        if self.failed is not None:
+            return
+        logger.error("%s", message)
+        self.failed = message
+        if not recoverable or self.config.on_stage_failure == "refuse":
+            self._refuse_all("internal", message)
+
+    async def _pump(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TICK_S if self._requests else None):
+                    await self._wake.wait()
+            self._wake.clear()
+            self.check_deadlines()
+            await self._fill()
+
+    async def _fill(self) -> None:
+        """Send steps until the pipeline is full or nothing more can run."""
+        async with self._send_lock:
+            while self.failed is None and (step := self.scheduler.plan()) is not None:
+                for start in step.started:
+                    request = self._choices[start.sequence_id].request
+                    if not request.started:
+                        request.start()
+                self._sent.set()
+                try:
+                    await self._link.send(step)
+                except LINK_ERRORS as error:
+                    self._fail(f"the stages are lost: {error}", recoverable=True)
+
+    async def _receive_outputs(self) -> None:
+        while True:
+            while self.scheduler.num_in_flight == 0:
+                await self._sent.wait()
+                self._sent.clear()
+            output = await self._link.receive()
+            if isinstance(output, StageFailed):
+                raise StageLostError(None, f"step {output.step} failed: {output.message}")
+            self._take(output)
+            await self._fill()
+            self._emit_progress()
+
+    def _take(self, output: StepOutput) -> None:
+        """Append the samples and decide who goes on; the rest of the work waits until the next step is sent."""
+        for sequence, sample in self.scheduler.complete(output):
+            choice = self._choices[sequence.sequence_id]
+            if not choice.accept(sample):
+                self.scheduler.end(sequence)
+            self._progressed.append(choice)
+        self._telemetry.step_done(output.timing)
+
+    def _emit_progress(self) -> None:
+        """Send what the samples taken last mean to the clients."""
+        progressed, self._progressed = self._progressed, []
+        now = self._clock()
+        for choice in progressed:
+            request = choice.request
+            if request.ended:
+                continue
+            if request.first_token_s is None:
+                request.first_token_s = now
+                self._telemetry.first_token(now - request.arrived_s)
+            request.num_completion_tokens += 1
+            request.events.put_nowait(choice.take_delta())
+            if choice.finish_reason is not None:
+                request.num_open -= 1
+                if request.num_open == 0:
+                    self._finish(request, now)
+
+    def _finish(self, request: Request, now: float) -> None:
+        self._num_done += 1
+        self._durations.add(now - request.arrived_s)
+        num_later = request.num_completion_tokens - len(request.choices)
+        seconds_per_token = None
+        if num_later > 0 and request.first_token_s is not None:
+            seconds_per_token = (now - request.first_token_s) * len(request.choices) / num_later
+        self._telemetry.request_done(seconds_per_token, request.num_completion_tokens)
+        self._leave(request)
+        request.finish()
+
+    # --- what others may see ---
+
+    def load(self) -> Load:
+        """How busy this replica is; sequences, and prompt tokens that no step has been asked for yet."""
+        sequences = (*self.scheduler.waiting, *self.scheduler.running)
+        return Load(
+            num_running=self.scheduler.num_running,
+            num_waiting=len(self.scheduler.waiting),
+            num_waiting_tokens=sum(s.num_uncomputed for s in sequences if s.num_uncomputed > 1),
+            kv_used_fraction=self.pool.num_used / self.pool.num_blocks,
+            draining=self._draining,
+        )
+
+    def stats(self) -> EngineStats:
+        """Totals so far, and what is held now."""
+        return EngineStats(
+            num_steps=self.scheduler.num_steps,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_prefix_queries=self.scheduler.num_prefix_queries,
+            num_prefix_hits=self.scheduler.num_prefix_hits,
+            num_recoveries=self._num_recoveries,
+            num_requests_done=self._num_done,
+            num_requests_refused=self._num_refused,
+            num_requests_cancelled=self._num_cancelled,
+            num_running=self.scheduler.num_running,
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks_used=self.pool.num_used,
+            kv_used_fraction=self.pool.num_used / self.pool.num_blocks,
+        )
+
+
+def _scheduler_config(config: EngineConfig, link: StageLink) -> SchedulerConfig:
+    return SchedulerConfig(
+        num_stages=link.num_stages,
+        max_running=config.max_running,
+        max_step_tokens=config.max_step_tokens,
+        min_decode_split=config.min_decode_split,
+        min_prefill_chunk=config.min_prefill_chunk,
+    )
