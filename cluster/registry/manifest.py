@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from cluster.config.models import Dtype, Task
 from cluster.errors import RegistryError
-from cluster.plan.types import Dtype, Task
 
 _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 _VERSION_NAME = re.compile(r"v[1-9][0-9]{0,8}")

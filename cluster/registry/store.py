@@ -100,7 +100,8 @@ class Registry:
         paths = _list_files(directory)
         files = _measure(directory, paths, progress)
         self._put_blobs(directory, files, progress)
-        version = self._reuse(name, content_digest(files, spec)) or self._commit(name, files, spec)
+        highest = self._highest_number(name)  # before the look: whoever commits after it is met in _commit
+        version = self._reuse(name, content_digest(files, spec)) or self._commit(name, files, spec, highest + 1)
         self._put_blobs(directory, files, no_progress)  # what a GC took between the look and the commit
         return version
 
@@ -172,9 +173,14 @@ class Registry:
         except FileNotFoundError:
             return False
 
-    def _commit(self, name: str, files: tuple[FileEntry, ...], spec: VersionSpec) -> ModelVersion:
-        taken = self._numbered(name)
-        number = int(taken[-1][1:]) + 1 if taken else 1
+    def _highest_number(self, name: str) -> int:
+        """0 when there is none; folders without a manifest are of publishers that died, or have not committed yet."""
+        for version in reversed(self._numbered(name)):
+            if self.tree.size(manifest_path(name, version)) is not None or self.deleted(name, version):
+                return int(version[1:])
+        return 0
+
+    def _commit(self, name: str, files: tuple[FileEntry, ...], spec: VersionSpec, number: int) -> ModelVersion:
         digest = content_digest(files, spec)
         while True:
             manifest = ModelVersion(

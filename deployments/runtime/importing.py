@@ -19,11 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.utils import logging as transformers_logging
 
 Report = Callable[[str, int, int, str], None]
 
@@ -37,6 +34,9 @@ def convert_gguf(source: Path, out: Path, *, task: str, dtype: torch.dtype, repo
 
     The weights are unpacked: transformers would keep them in GGUF blocks, and those cannot be saved.
     """
+    # Imported here: seconds that a conversion of safetensors does not need.
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     model_class = AutoModel if task == "embed" else AutoModelForCausalLM
     _report_loading(report)
     origin = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
@@ -116,6 +116,8 @@ def _rewrite(source: Path, target: Path, change: Callable[[dict[str, Any]], dict
 
 
 def _gguf_license(source: Path) -> str | None:
+    from gguf import GGUFReader  # as above
+
     field = GGUFReader(source).get_field("general.license")
     return None if field is None else str(field.contents())
 
@@ -158,11 +160,14 @@ class _ReportingBar:
 
 
 def _report_loading(report: Report) -> None:
+    from transformers.utils import logging as transformers_logging  # as above
+
     def make_bar(factory: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> _ReportingBar:  # noqa: ARG001
         iterable = arguments[0] if arguments else options.get("iterable")
         label = str(options.get("desc") or "loading").rstrip(". ").lower()
         return _ReportingBar(report, iterable, label, options.get("total"))
 
+    transformers_logging.set_verbosity_error()
     transformers_logging.set_tqdm_hook(make_bar)
 
 
@@ -180,7 +185,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with the JSON lines
-    transformers_logging.set_verbosity_error()
 
     def report(label: str, done: int, total: int, unit: str) -> None:
         lines.write(json.dumps({"label": label, "done": done, "total": total, "unit": unit}) + "\n")

@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from cluster.config.models import Dtype, Task
 from cluster.errors import SourceError
-from cluster.plan.types import Dtype, Task
 from cluster.registry.progress import Progress
 
 CONVERTER = "deployments.runtime.importing"

@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
+from cluster.config.models import Dtype, Task
 from cluster.config.sources import AnySource, HfSource, PathSource, RegistrySource, WheelSource, parse_source
 from cluster.errors import AliasConflict, SourceError
-from cluster.plan.types import Dtype, Task
 from cluster.registry.manifest import Lineage, ModelVersion, VersionSpec, check_model_name
 from cluster.registry.progress import Progress, no_progress
 from cluster.registry.sources.convert import convert
