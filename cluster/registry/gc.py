@@ -43,6 +43,9 @@ def collect(
 
     ``running`` holds ``model@version`` of what is served or read by jobs. ``keep_last`` is per model.
     """
+    if not dry_run:
+        for version in registry.half_deleted():
+            _delete_version(registry, version, grace_s, now)
     doomed = _doomed_versions(registry, frozenset(running), keep_last, grace_s, now)
     if not dry_run:
         doomed = [version for version in doomed if _delete_version(registry, version, grace_s, now)]

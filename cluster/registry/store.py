@@ -134,6 +134,16 @@ class Registry:
         """Whether GC has removed this version."""
         return self.tree.size(tombstone_path(name, version)) is not None
 
+    def half_deleted(self) -> list[ModelVersion]:
+        """Versions whose removal was interrupted: the tombstone is there, and the manifest still is."""
+        found = []
+        for name in self.tree.names("models"):
+            for version in self._numbered(name):
+                path = manifest_path(name, version)
+                if self.deleted(name, version) and self.tree.size(path) is not None:
+                    found.append(parse_manifest(self.tree.read(path), f"{self.tree.uri}/{path}"))
+        return found
+
     def _numbered(self, name: str) -> list[str]:
         found = [
             entry for entry in self.tree.names(f"models/{check_model_name(name)}/versions") if is_version_name(entry)

@@ -1,4 +1,4 @@
-"""Checkpoints of a few kilobytes, written without torch: a Llama's safetensors, config, tokenizer files, and wheels of it."""
+"""Checkpoints of a few kilobytes, written without torch: a Llama's safetensors and config, and wheels of them."""
 
 import hashlib
 import json

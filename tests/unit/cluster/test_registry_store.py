@@ -175,7 +175,7 @@ def test_damaged_blob_is_refused_and_can_be_replaced(registry: Registry, checkpo
 def test_damaged_small_file_is_refused_when_read(registry: Registry, checkpoint: Path) -> None:
     version = registry.publish("tiny", checkpoint, SPEC)
     _damage(registry, version, "config.json")
-    with pytest.raises(RegistryError, match="config.json is damaged"):
+    with pytest.raises(RegistryError, match=r"config.json is damaged"):
         registry.read_file(version, "config.json")
 
 
