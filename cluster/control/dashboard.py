@@ -13,6 +13,8 @@ from cluster.errors import ControlError
 _READ_TIMEOUT_S = 30.0
 _WRITE_TIMEOUT_S = 120.0
 """The first PUT starts Serve; a DELETE waits for replicas to drain."""
+_STATE_LIMIT = 10_000
+"""Most entries that Ray's state API returns at once."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -58,34 +60,36 @@ class Dashboard:
         self._request("DELETE", "/api/serve/applications/", timeout_s=_WRITE_TIMEOUT_S)
 
     def actors(self) -> list[dict[str, Any]]:
-        """All actors the dashboard knows, dead ones too, with process statistics of the living."""
-        return list(self._json("GET", "/logical/actors")["data"]["actors"].values())
+        """All actors the control store knows, dead ones too: ``actor_id``, ``name``, ``state``, ``pid``, ``node_id``."""
+        return list(self._json("GET", f"/api/v0/actors?detail=true&limit={_STATE_LIMIT}")["data"]["result"]["result"])
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Resident memory by actor id, as agents reported it last; some seconds old, and missing for new actors."""
+        actors = self._json("GET", "/logical/actors")["data"]["actors"]
+        memory = {name: (actor.get("processStats") or {}).get("memoryInfo") or {} for name, actor in actors.items()}
+        return {name: found["rss"] for name, found in memory.items() if "rss" in found}
 
     def nodes(self) -> list[dict[str, Any]]:
         """Nodes with ``node_id``, ``node_ip``, ``state`` and ``is_head_node``."""
-        found = self._json("GET", "/api/v0/nodes?detail=true&limit=10000")
-        return list(found["data"]["result"]["result"])
+        return list(self._json("GET", f"/api/v0/nodes?detail=true&limit={_STATE_LIMIT}")["data"]["result"]["result"])
 
-    def read_log(self, node_id: str, filename: str, num_lines: int) -> str:
-        """The last ``num_lines`` lines of a log file of a node, as the dashboard agent there reads it."""
-        query = {"node_id": node_id, "filename": filename.lstrip("/"), "lines": str(num_lines)}
-        return self._request("GET", "/api/v0/logs/file", query=query).text
+    def read_log(self, file: dict[str, str], num_lines: int) -> str:
+        """The last ``num_lines`` lines of a log, as the agent of its node reads it.
 
-    def follow_log(self, node_id: str, filename: str, num_lines: int) -> Iterator[bytes]:
-        """The last lines of a log file and then what is added to it, until the caller stops iterating."""
-        query = {
-            "node_id": node_id,
-            "filename": filename.lstrip("/"),
-            "lines": str(num_lines),
-            "interval": "0.5",
-        }
+        ``file`` says which: ``node_id`` and ``filename``, or ``actor_id`` and ``suffix`` (``out`` or ``err``).
+        """
+        return self._request("GET", "/api/v0/logs/file", query=file | {"lines": str(num_lines)}).text
+
+    def follow_log(self, file: dict[str, str], num_lines: int) -> Iterator[bytes]:
+        """The last lines of a log and then what is added to it, until the caller stops iterating."""
+        query = file | {"lines": str(num_lines), "interval": "0.5"}
         url = f"{self.url}/api/v0/logs/stream"
         try:
             with self._session.get(url, params=query, stream=True, timeout=(5.0, None)) as response:
                 _check(response, self.url)
                 yield from response.iter_content(chunk_size=None)
         except requests.RequestException as error:
-            raise ControlError(f"{self.url} stopped sending {filename}: {error}") from error
+            raise ControlError(f"{self.url} stopped sending a log: {error}") from error
 
     def _json(self, method: str, path: str) -> Any:
         response = self._request(method, path)

@@ -53,7 +53,7 @@ def _stage_table(args: ModelAppArgs) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("stage", justify="right")
     table.add_column("layers")
-    for name in ("weights", "KV cache", "activations", "memory", "CPU", "GPU"):
+    for name in ("weights", "KV cache", "work", "memory", "CPU", "GPU"):
         table.add_column(name, justify="right")
     for stage in args.stages:
         cpus = args.stage_cpus + (args.replica_cpus if stage.index == 0 else 0)
@@ -64,8 +64,9 @@ def _stage_table(args: ModelAppArgs) -> Table:
 
 
 def _layers(stage: StagePlan) -> str:
-    ends = [name for name, here in (("embedding", stage.has_embedding), ("head", stage.has_head)) if here]
-    return f"{stage.layer_start}-{stage.layer_stop - 1}" + (f" +{'+'.join(ends)}" if ends else "")
+    before = "embed " if stage.has_embedding else ""
+    after = " head" if stage.has_head else ""
+    return f"{before}{stage.layer_start}-{stage.layer_stop - 1}{after}"
 
 
 def status_view(status: ClusterStatus) -> RenderableType:
