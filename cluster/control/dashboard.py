@@ -60,7 +60,7 @@ class Dashboard:
         self._request("DELETE", "/api/serve/applications/", timeout_s=_WRITE_TIMEOUT_S)
 
     def actors(self) -> list[dict[str, Any]]:
-        """All actors the control store knows, dead ones too: ``actor_id``, ``name``, ``state``, ``pid``, ``node_id``."""
+        """All actors, dead ones too, each with ``actor_id``, ``name``, ``state``, ``pid``, ``node_id``."""
         return list(self._json("GET", f"/api/v0/actors?detail=true&limit={_STATE_LIMIT}")["data"]["result"]["result"])
 
     def resident_bytes(self) -> dict[str, int]:

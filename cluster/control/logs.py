@@ -17,8 +17,8 @@ class LogFile:
     """One file on one node, and the short name that its lines are shown under."""
 
     label: str
-    node_id: str
-    filename: str
+    query: dict[str, str]
+    """What the dashboard's log API finds it by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def log_files(dashboard: Dashboard, model: str) -> list[LogFile]:
     files = [_replica_file(app["name"], replica) for app in chosen for replica in _with_dead(app)]
     names = {app["name"] for app in chosen}
     stages = sorted(stage_actors(dashboard.actors()).items())
-    files += [_stage_file(key, actor) for key, actor in stages if key[0] in names and actor["address"]["workerId"]]
+    files += [_stage_file(key, actor) for key, actor in stages if key[0] in names and actor["pid"]]
     return [file for file in files if file is not None]
 
 
@@ -51,9 +51,9 @@ def read_logs(dashboard: Dashboard, files: Sequence[LogFile], num_lines: int) ->
     """The last ``num_lines`` lines of every file, file by file; a file that is gone is said to be."""
     for file in files:
         try:
-            text = dashboard.read_log(file.node_id, file.filename, num_lines)
+            text = dashboard.read_log(file.query, num_lines)
         except ControlError as error:
-            text = f"({file.filename} cannot be read: {error})"
+            text = f"(cannot be read: {error})"
         yield from (LogLine(label=file.label, text=line) for line in text.splitlines() if not _is_marker(line))
 
 
@@ -74,14 +74,14 @@ def follow_logs(dashboard: Dashboard, files: Sequence[LogFile], num_lines: int) 
 def _follow(dashboard: Dashboard, file: LogFile, num_lines: int, lines: "queue.Queue[LogLine | None]") -> None:
     rest = b""
     try:
-        for chunk in dashboard.follow_log(file.node_id, file.filename, num_lines):
+        for chunk in dashboard.follow_log(file.query, num_lines):
             *whole, rest = (rest + chunk).split(b"\n")
             for line in whole:
                 text = line.decode(errors="replace")
                 if not _is_marker(text):
                     lines.put(LogLine(label=file.label, text=text))
     except ControlError as error:
-        lines.put(LogLine(label=file.label, text=f"(no more of {file.filename}: {error})"))
+        lines.put(LogLine(label=file.label, text=f"(no more: {error})"))
     finally:
         lines.put(None)
 
@@ -98,21 +98,13 @@ def _with_dead(app: dict[str, Any]) -> list[dict[str, Any]]:
 def _replica_file(app: str, replica: dict[str, Any]) -> LogFile | None:
     if not replica.get("log_file_path") or not replica.get("node_id"):
         return None  # it has not started yet
-    return LogFile(
-        label=f"{app}/{replica['replica_id']}",
-        node_id=replica["node_id"],
-        filename=replica["log_file_path"].lstrip("/"),
-    )
+    query = {"node_id": replica["node_id"], "filename": replica["log_file_path"].lstrip("/")}
+    return LogFile(label=f"{app}/{replica['replica_id']}", query=query)
 
 
 def _stage_file(key: tuple[str, str, int], actor: dict[str, Any]) -> LogFile:
     app, replica, index = key
-    address = actor["address"]
-    return LogFile(
-        label=f"{app}/{replica}/stage-{index}",
-        node_id=address["nodeId"],
-        filename=f"worker-{address['workerId']}-{actor['jobId']}-{actor['pid']}.err",
-    )
+    return LogFile(label=f"{app}/{replica}/stage-{index}", query={"actor_id": actor["actor_id"], "suffix": "err"})
 
 
 def _is_marker(line: str) -> bool:

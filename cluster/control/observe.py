@@ -1,7 +1,7 @@
 """What runs now: the dashboard's JSON in, ``Observed`` for the diff and a status tree for people and programs out."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -12,6 +12,9 @@ from cluster.plan.serve_app import is_own
 from cluster.plan.types import PlanModel
 
 _STAGE_NAME = re.compile(r"manta:(?P<app>[^:]+):(?P<replica>[^:]+):stage-(?P<index>[0-9]+)")
+
+_THIS_MACHINE = "127.0.0.1"
+"""A node has this address only in a Ray of the local provider."""
 
 
 class StageStatus(PlanModel):
@@ -111,30 +114,71 @@ def cluster_status(name: str, dashboard: Dashboard | None) -> ClusterStatus:
     if dashboard is None:
         return ClusterStatus(name=name, ray="stopped", dashboard=None, url=None, gateway=None, models=())
     details = dashboard.serve_details()
-    return status_from(name, dashboard.url, details, dashboard.actors() if details["applications"] else [])
+    if not details["applications"]:
+        return status_from(name, dashboard.url, details, Processes())
+    nodes = {node["node_id"]: node["node_ip"] for node in dashboard.nodes()}
+    here = all(ip == _THIS_MACHINE for ip in nodes.values())
+    reported = {} if here else dashboard.resident_bytes()
+    return status_from(name, dashboard.url, details, Processes(dashboard.actors(), nodes, reported))
 
 
-def status_from(
-    name: str, dashboard_url: str, details: dict[str, Any], actors: Sequence[dict[str, Any]]
-) -> ClusterStatus:
-    """The status tree from Serve's details and the dashboard's actors."""
-    own = {
-        app["name"]: app for app in details["applications"].values() if is_own(app.get("deployed_app_config") or {})
-    }
-    http = details.get("http_options") or {}
-    by_id = {actor["actorId"]: actor for actor in actors}
-    stages = stage_actors(actors)
+class Processes:
+    """Actors of the cluster, their nodes and their memory, looked up by id or by stage name."""
+
+    def __init__(
+        self,
+        actors: Sequence[dict[str, Any]] = (),
+        nodes: Mapping[str, str] | None = None,
+        reported_bytes: Mapping[str, int] | None = None,
+    ) -> None:
+        self.stages = stage_actors(actors)
+        self._nodes = nodes or {}
+        self._reported_bytes = reported_bytes or {}
+
+    def node_of(self, node_id: str | None) -> str | None:
+        """IP address of a node."""
+        return self._nodes.get(node_id or "")
+
+    def resident_bytes(self, node_id: str | None, pid: int | None, actor_id: str | None) -> int | None:
+        """The process's own reading where it is on this machine, else what its node's agent reported last."""
+        if pid is None:
+            return None
+        if self.node_of(node_id) == _THIS_MACHINE:
+            try:
+                return int(psutil.Process(pid).memory_info().rss)
+            except psutil.Error:
+                return None
+        return self._reported_bytes.get(actor_id or "")
+
+
+def stage_actors(actors: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The actor of each (application, replica, stage index); the living one where a replaced one is still listed."""
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for actor in actors:
+        match = _STAGE_NAME.fullmatch(actor.get("name") or "")
+        if match is None:
+            continue
+        key = (match["app"], match["replica"], int(match["index"]))
+        if actor["state"] != "DEAD" or key not in found:
+            found[key] = actor
+    return found
+
+
+def status_from(name: str, dashboard_url: str, details: dict[str, Any], processes: Processes) -> ClusterStatus:
+    """The status tree from Serve's details and the cluster's processes."""
+    own = [app for app in details["applications"].values() if is_own(app.get("deployed_app_config") or {})]
     models: dict[str, list[VersionStatus]] = {}
     tasks: dict[str, str] = {}
     gateway = None
-    for app in own.values():
+    for app in own:
         args = app["deployed_app_config"]["args"]
-        version = _version_status(app, args, by_id, stages)
+        version = _version_status(app, args, processes)
         if "model" not in args:
             gateway = version
             continue
         models.setdefault(args["model"], []).append(version)
         tasks[args["model"]] = args["task"]
+    http = details.get("http_options") or {}
     return ClusterStatus(
         name=name,
         ray="running",
@@ -147,25 +191,7 @@ def status_from(
     )
 
 
-def stage_actors(actors: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """The newest actor of each (application, replica, stage index): a replaced stage leaves a dead one behind."""
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for actor in sorted(actors, key=lambda actor: actor.get("startTime") or 0):
-        match = _STAGE_NAME.fullmatch(actor.get("name") or "")
-        if match is None:
-            continue
-        key = (match["app"], match["replica"], int(match["index"]))
-        if actor["state"] != "DEAD" or key not in found:
-            found[key] = actor
-    return found
-
-
-def _version_status(
-    app: dict[str, Any],
-    args: dict[str, Any],
-    by_id: dict[str, dict[str, Any]],
-    stages: dict[tuple[str, str, int], dict[str, Any]],
-) -> VersionStatus:
+def _version_status(app: dict[str, Any], args: dict[str, Any], processes: Processes) -> VersionStatus:
     deployments = list(app["deployments"].values())
     messages = [app["message"], *(deployment["message"] for deployment in deployments)]
     return VersionStatus(
@@ -174,61 +200,34 @@ def _version_status(
         status=app["status"],
         message="\n".join(message for message in messages if message),
         target_replicas=sum(deployment["target_num_replicas"] or 0 for deployment in deployments),
-        replicas=tuple(
-            _replica_status(app["name"], replica, args, by_id.get(replica["actor_id"] or "", {}), stages)
-            for replica in replicas_of(app)
-        ),
+        replicas=tuple(_replica_status(app["name"], replica, args, processes) for replica in replicas_of(app)),
     )
 
 
-def _replica_status(
-    app: str,
-    replica: dict[str, Any],
-    args: dict[str, Any],
-    actor: dict[str, Any],
-    stages: dict[tuple[str, str, int], dict[str, Any]],
-) -> ReplicaStatus:
-    pid = replica.get("pid")
+def _replica_status(app: str, replica: dict[str, Any], args: dict[str, Any], processes: Processes) -> ReplicaStatus:
+    pid, node_id = replica.get("pid"), replica.get("node_id")
+    stages = args.get("stages", [])
+    actors = [processes.stages.get((app, replica["replica_id"], stage["index"])) for stage in stages]
     return ReplicaStatus(
         id=replica["replica_id"],
         state=replica["state"],
         node=replica.get("node_ip"),
         pid=pid,
-        resident_bytes=_resident_bytes(actor, pid),
+        resident_bytes=processes.resident_bytes(node_id, pid, replica.get("actor_id")),
         log_file=replica.get("log_file_path"),
-        node_id=replica.get("node_id"),
-        stages=tuple(
-            _stage_status(stage, stages.get((app, replica["replica_id"], stage["index"])))
-            for stage in args.get("stages", [])
-        ),
+        node_id=node_id,
+        stages=tuple(_stage_status(stage, actor, processes) for stage, actor in zip(stages, actors, strict=True)),
     )
 
 
-def _stage_status(stage: dict[str, Any], actor: dict[str, Any] | None) -> StageStatus:
-    layers = (stage["layer_start"], stage["layer_stop"])
-    if actor is None:
-        return StageStatus(
-            index=stage["index"], layers=layers, node=None, pid=None, resident_bytes=None, state="MISSING"
-        )
-    pid = actor.get("pid") or None
+def _stage_status(stage: dict[str, Any], actor: dict[str, Any] | None, processes: Processes) -> StageStatus:
+    node_id = None if actor is None else actor["node_id"]
+    pid = (None if actor is None else actor["pid"]) or None
     return StageStatus(
         index=stage["index"],
-        layers=layers,
-        node=(actor.get("address") or {}).get("ipAddress") or None,
+        layers=(stage["layer_start"], stage["layer_stop"]),
+        node=processes.node_of(node_id),
         pid=pid,
-        resident_bytes=_resident_bytes(actor, pid),
-        state=actor["state"],
+        resident_bytes=processes.resident_bytes(node_id, pid, None if actor is None else actor["actor_id"]),
+        state="MISSING" if actor is None else actor["state"],
     )
-
-
-def _resident_bytes(actor: dict[str, Any], pid: int | None) -> int | None:
-    """The process's own reading where it is on this machine, else the dashboard's, which is some seconds old."""
-    if pid is None:
-        return None
-    if (actor.get("address") or {}).get("ipAddress") == "127.0.0.1":
-        try:
-            return int(psutil.Process(pid).memory_info().rss)
-        except psutil.Error:
-            return None
-    memory = (actor.get("processStats") or {}).get("memoryInfo") or {}
-    return memory.get("rss")

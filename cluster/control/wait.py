@@ -132,10 +132,9 @@ def _dead_replica_log(dashboard: Dashboard, app: dict[str, Any]) -> str | None:
     for deployment in app["deployments"].values():
         for replica in reversed(deployment.get("recent_dead_replicas") or []):
             if replica.get("log_file_path") and replica.get("node_id"):
+                file = {"node_id": replica["node_id"], "filename": replica["log_file_path"].lstrip("/")}
                 try:
-                    return (
-                        dashboard.read_log(replica["node_id"], replica["log_file_path"], _LOG_LINES).strip() or None
-                    )
+                    return dashboard.read_log(file, _LOG_LINES).strip() or None
                 except ControlError:
                     continue  # the node may be gone with its log; Serve's own message is shown instead
     return None
