@@ -149,9 +149,11 @@ class Scheduler:
         num_decoding = len(self._running) - len(self._prefilling)
         prompts_wait = bool(self._prefilling or self._waiting)
         share = decode_share(self.config, num_decoding, prompts_wait=prompts_wait)
-        # Oldest first, so that a preemption below never hits a sequence already chosen here.
-        candidates = sorted(islice(self._ready.values(), share), key=_age)
-        return [sequence for sequence in candidates if self._extend(sequence)]
+        candidates = list(islice(self._ready.values(), share))
+        # Oldest first, so that a preemption never hits a sequence already extended here.
+        extended = {sequence.sequence_id for sequence in sorted(candidates, key=_age) if self._extend(sequence)}
+        # In the order they became ready, which is also how they will queue again: everybody gets the same share.
+        return [sequence for sequence in candidates if sequence.sequence_id in extended]
 
     def _extend(self, sequence: Sequence) -> bool:
         """Make room for one more position, taking blocks from the youngest if need be; False if it lost its own."""
