@@ -115,9 +115,9 @@ class Endpoints:
         """The served models."""
         return _json(ModelList(object="list", data=[_card(route) for route in self._backend.table.routes]))
 
-    async def model(self, request: Request) -> Response:
+    async def model(self, model: str) -> Response:
         """One served model."""
-        return _json(_card(find_route(self._backend, request.path_params["model"], None)))
+        return _json(_card(find_route(self._backend, model, None)))
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text, or of a conversation as the model would see it."""
