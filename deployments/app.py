@@ -23,6 +23,7 @@ from deployments.router.router import Router
 
 # Long enough for a stream to end by itself; the replica ends what is left at its own drain timeout.
 _GRACE_S = 10.0
+_DISCOVERY_TIMEOUT_S = 5.0
 
 # What a gateway knows between its start and its first routing table: nothing is served, nothing is accepted.
 _CLOSED = RoutingTable(
@@ -71,7 +72,7 @@ def build_gateway(args: GatewayAppArgs) -> Application:
 class Gateway:
     """One gateway replica: the OpenAI surface over a router. Its routing table is replaced in place."""
 
-    async def __init__(self, args: GatewayAppArgs) -> None:
+    async def __init__(self, args: GatewayAppArgs) -> None:  # type: ignore[misc]  # Serve awaits constructors
         check_code_digest(args.code_digest)
         self._router = Router(_CLOSED, open_pool)
 
@@ -89,9 +90,13 @@ def open_pool(app: str) -> ReplicaPool:
     handle: DeploymentHandle = serve.get_deployment_handle("Replica", app_name=app)
 
     async def discover() -> list[ReplicaEndpoint]:
-        return await handle.broadcast("endpoint").results_async()
+        found: list[ReplicaEndpoint] = await handle.broadcast("endpoint").results_async(
+            timeout_s=_DISCOVERY_TIMEOUT_S
+        )
+        return found
 
     async def wake() -> ReplicaEndpoint:
-        return await handle.endpoint.remote()
+        found: ReplicaEndpoint = await handle.endpoint.remote()
+        return found
 
     return ReplicaPool(app, discover, wake)

@@ -9,11 +9,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.plan.types import ModelAppArgs
-from deployments.stage.actor import StageActor, StageDescription
+from deployments.stage.actor import StageActor
 from deployments.stage.link import StageAddress, StageLink
 
-# A describing call must get through while another loads or serves.
-_CALLS_AT_ONCE = 4
+# ``serve`` occupies one thread of the actor for life.
+_CALLS_AT_ONCE = 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,6 +24,7 @@ class StageGroup:
     actors: list[Any] = field(default_factory=list)
     serving: list[Any] = field(default_factory=list)
     """One pending reference per stage: it resolves when that stage stops, with the error if there was one."""
+    addresses: list[StageAddress] = field(default_factory=list)
 
     @classmethod
     async def create(cls, args: ModelAppArgs, group: PlacementGroup, replica_id: str) -> "StageGroup":
@@ -39,21 +40,15 @@ class StageGroup:
                 )
             )
             stages.serving = [actor.serve.remote() for actor in stages.actors]
-            stages._addresses = addresses
+            stages.addresses = addresses
         except BaseException:
             stages.kill()
             raise
         return stages
 
-    _addresses: list[StageAddress] = field(default_factory=list)
-
     async def connect(self) -> StageLink:
         """The replica's channels to every stage."""
-        return await StageLink.connect(self._addresses, step_timeout_s=self.args.step_timeout_s)
-
-    async def describe(self) -> list[StageDescription]:
-        """What every stage says of itself; raises when one is dead."""
-        return list(await asyncio.gather(*(actor.describe.remote() for actor in self.actors)))
+        return await StageLink.connect(self.addresses, step_timeout_s=self.args.step_timeout_s)
 
     def kill(self) -> None:
         """End every stage's process; those already dead are fine."""

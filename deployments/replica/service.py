@@ -1,0 +1,191 @@
+"""One complete copy of a model version: stages and tokenizer are brought up, then requests are answered.
+
+Start, serve, drain, stop - in that order. Heavy imports (torch, transformers) begin here.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from typing import Self
+
+import ray
+from numpy import float32
+from numpy.typing import NDArray
+from ray.util.placement_group import PlacementGroup
+
+from cluster.plan.types import ModelAppArgs
+from cluster.registry.materialize import materialize
+from cluster.registry.store import Registry
+from deployments.channel import Channel, Listener
+from deployments.messages import (
+    Delta,
+    Detokenize,
+    Detokenized,
+    Embed,
+    Embedded,
+    Finished,
+    Generate,
+    Load,
+    Refused,
+    RequestRefused,
+    SamplingParams,
+    Started,
+    TextPrompt,
+    Tokenize,
+    Tokenized,
+)
+from deployments.replica.embed import EmbedConfig, EmbedEngine
+from deployments.replica.engine import Engine, EngineConfig
+from deployments.replica.session import GatewaySession
+from deployments.replica.telemetry import ReplicaTelemetry
+from deployments.replica.text import TextTokenizer
+from deployments.router.connection import ReplicaEndpoint
+from deployments.stage.group import StageGroup
+
+logger = logging.getLogger("ray.serve")
+
+_WARM_UP_TIMEOUT_S = 300.0
+_REPORT_S = 1.0
+
+
+class ReplicaService:
+    """Answers gateways over the Channel; made by :meth:`start`. Holds no weights."""
+
+    def __init__(self, args: ModelAppArgs, replica_id: str, tokenizer: TextTokenizer, stages: StageGroup) -> None:
+        self._args = args
+        self._replica_id = replica_id
+        self._tokenizer = tokenizer
+        self._stages = stages
+        self._telemetry = ReplicaTelemetry(model=args.model, version=args.version)
+        self._listener = Listener(self._converse)
+        self._engine: Engine | EmbedEngine
+        self._reporting: asyncio.Task[None]
+
+    @classmethod
+    async def start(cls, args: ModelAppArgs, replica_id: str, group: PlacementGroup) -> Self:
+        """Bring up the stages in ``group`` and the tokenizer at the same time; ready when a token has come out.
+
+        Raises what the registry, the runtime or a stage says is wrong; nothing is left running then.
+        """
+        stages, tokenizer = await asyncio.gather(
+            StageGroup.create(args, group, replica_id), asyncio.to_thread(_load_tokenizer, args)
+        )
+        service = cls(args, replica_id, tokenizer, stages)
+        try:
+            service._engine = await service._start_engine()
+            await service._warm_up()
+            service._reporting = asyncio.create_task(service._report())
+            await service._listener.start(ray.util.get_node_ip_address())
+        except BaseException:
+            stages.kill()
+            raise
+        return service
+
+    async def _start_engine(self) -> Engine | EmbedEngine:
+        args, link = self._args, await self._stages.connect()
+        engine: Engine | EmbedEngine
+        if args.task == "embed":
+            engine = EmbedEngine(_embed_config(args), self._tokenizer, link)
+        else:
+            engine = Engine(_engine_config(args), self._tokenizer, link, telemetry=self._telemetry)
+        await engine.start()
+        return engine
+
+    async def _warm_up(self) -> None:
+        if isinstance(self._engine, EmbedEngine):
+            await self._engine.embed(Embed(request_id="warm-up", inputs=("ready?",), deadline_s=_WARM_UP_TIMEOUT_S))
+            return
+        request = Generate(
+            request_id="warm-up",
+            prompt=TextPrompt(text="ready?"),
+            sampling=SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
+            max_tokens=2,
+            deadline_s=_WARM_UP_TIMEOUT_S,
+        )
+        async for _ in self._engine.submit(request):
+            pass
+
+    async def _converse(self, channel: Channel) -> None:
+        await GatewaySession(channel, self).run()
+
+    async def _report(self) -> None:
+        while True:
+            self._telemetry.report(self._engine.load(), self._engine.stats())
+            await asyncio.sleep(_REPORT_S)
+
+    def generate(self, request: Generate) -> AsyncGenerator[Started | Delta | Finished]:
+        """Events of one request; raises RequestRefused."""
+        if isinstance(self._engine, EmbedEngine):
+            raise _wrong_task(request.request_id, self._args.model, "embeds; ask /v1/embeddings")
+        return self._engine.submit(request)
+
+    async def embed(self, request: Embed) -> tuple[Embedded, NDArray[float32]]:
+        """One vector per input; raises RequestRefused."""
+        if isinstance(self._engine, Engine):
+            raise _wrong_task(request.request_id, self._args.model, "generates; ask /v1/chat/completions")
+        return await self._engine.embed(request)
+
+    def tokenize(self, request: Tokenize) -> Tokenized:
+        """Token ids of a prompt; raises RequestRefused."""
+        return self._tokenizer.tokenize(request, self._args.context_tokens)
+
+    def detokenize(self, request: Detokenize) -> Detokenized:
+        """Text of token ids; raises RequestRefused."""
+        return self._tokenizer.detokenize(request)
+
+    def load(self) -> Load:
+        """How busy the replica is."""
+        return self._engine.load()
+
+    @property
+    def endpoint(self) -> ReplicaEndpoint:
+        """Where gateways connect."""
+        return ReplicaEndpoint(
+            replica_id=self._replica_id, address=self._listener.address, secret=self._listener.secret
+        )
+
+    @property
+    def failed(self) -> str | None:
+        """Why no token can be produced any more; None while they can."""
+        return self._engine.failed
+
+    async def stop(self) -> None:
+        """Let the requests under way finish within the drain timeout, then end the stages."""
+        begin = time.monotonic()
+        await self._engine.drain(self._args.drain_timeout_s)
+        self._reporting.cancel()
+        await self._engine.stop()
+        await self._listener.stop()
+        self._stages.kill()
+        logger.info("%s: replica %s drained in %.1f s", self._args.app, self._replica_id, time.monotonic() - begin)
+
+
+def _load_tokenizer(args: ModelAppArgs) -> TextTokenizer:
+    registry = Registry(args.storage)
+    return TextTokenizer.load(materialize(registry, registry.get(args.model, args.version)))
+
+
+def _engine_config(args: ModelAppArgs) -> EngineConfig:
+    return EngineConfig(
+        context_tokens=args.context_tokens,
+        num_blocks=args.num_blocks,
+        block_tokens=args.block_tokens,
+        prefix_caching=args.prefix_caching,
+        max_running=args.max_running,
+        max_step_tokens=args.max_step_tokens,
+        max_waiting=args.max_waiting,
+    )
+
+
+def _embed_config(args: ModelAppArgs) -> EmbedConfig:
+    return EmbedConfig(
+        context_tokens=args.context_tokens,
+        max_batch_tokens=args.max_step_tokens,
+        max_batch_items=args.max_running,
+        max_waiting=args.max_waiting,
+    )
+
+
+def _wrong_task(request_id: str, model: str, what: str) -> RequestRefused:
+    return RequestRefused(Refused(request_id=request_id, code="unsupported", message=f"model {model!r} {what}"))

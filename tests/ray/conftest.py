@@ -1,0 +1,49 @@
+"""One local cluster for the whole tier: a tiny chat model over two stages, and a tiny embedding model."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.running import Cluster, save_tiny_chat, save_tiny_encoder, write_cluster
+
+STAGES = {"replica_cpus": 0.05, "stage_cpus": 0.1}
+
+
+def chat_model(path: str, **changes) -> dict:
+    """The YAML entry of the tiny chat model."""
+    return {
+        "name": "tiny",
+        "source": f"path://{path}",
+        "task": "generate",
+        "dtype": "float32",
+        "context_tokens": 256,
+        "pipeline": {"stages": 2, "split": [3, 1], "threads": 1},
+        "replicas": {"min": 1, "max": 1},
+    } | changes
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Started by ``manta up``, ended by ``manta down``; nothing may be left."""
+    directory = tmp_path_factory.mktemp("cluster")
+    save_tiny_chat(directory / "chat-a", seed=1)
+    save_tiny_chat(directory / "chat-b", seed=2)
+    save_tiny_encoder(directory / "encoder")
+    models = [
+        chat_model(str(directory / "chat-a")),
+        {
+            "name": "tiny-embed",
+            "source": f"path://{directory / 'encoder'}",
+            "task": "embed",
+            "dtype": "float32",
+            "context_tokens": 64,
+            "pipeline": {"stages": 1, "threads": 1},
+            "replicas": {"min": 1, "max": 1},
+        },
+    ]
+    cluster = write_cluster(directory, "tiny-cluster", models)
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()

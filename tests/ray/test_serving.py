@@ -1,0 +1,165 @@
+"""The whole request path on a real cluster, driven by OpenAI's client and by the command line."""
+
+import threading
+import time
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.support.running import Cluster
+from tests.support.tiny_models import greedy
+from tests.support.tiny_tokenizer import byte_level_tokenizer
+
+PROMPT = [40, 41, 200, 77, 90, 12]
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Cluster):
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def complete(client: openai.OpenAI, **changes) -> str:
+    arguments = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    extra = {"ignore_eos": True, "skip_special_tokens": False}
+    return client.completions.create(**(arguments | changes), extra_body=extra).choices[0].text
+
+
+def expected_text(directory: Path) -> str:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    return byte_level_tokenizer().decode(greedy(model, PROMPT, 24)).removesuffix("\ufffd")
+
+
+def test_greedy_text_over_two_stages_is_transformers_own(cluster: Cluster, client: openai.OpenAI) -> None:
+    text = complete(client)
+    assert text.rstrip("\ufffd") == expected_text(cluster.config.parent / "chat-a").rstrip("\ufffd")
+
+
+def test_chat_streams_and_adds_up(client: openai.OpenAI) -> None:
+    arguments = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 20,
+        "seed": 5,
+        "n": 3,
+    }
+    whole = client.chat.completions.create(**arguments)
+    texts = ["", "", ""]
+    usage = None
+    for chunk in client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 3
+    assert usage is not None
+    assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_embeddings_have_one_vector_per_input(client: openai.OpenAI) -> None:
+    answer = client.embeddings.create(model="tiny-embed", input=["hello world", "hello", "world"])
+    assert [len(item.embedding) for item in answer.data] == [16, 16, 16]
+    assert answer.data[0].embedding != answer.data[1].embedding
+
+
+def test_refusals_reach_the_client_with_their_reason(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="tiny"):
+        complete(client, model="nobody")
+    with pytest.raises(openai.BadRequestError, match="256"):
+        complete(client, prompt=[40] * 300)
+    with pytest.raises(openai.BadRequestError, match="embeddings"):
+        client.embeddings.create(model="tiny", input="x")
+
+
+def test_status_lists_every_stage(cluster: Cluster) -> None:
+    models = {model["name"]: model for model in cluster.status()["models"]}
+    (version,) = models["tiny"]["versions"]
+    (replica,) = version["replicas"]
+    stages = replica["stages"]
+    assert [stage["index"] for stage in stages] == [0, 1]
+    assert [stage["layers"] for stage in stages] == [[0, 3], [3, 4]]
+    for stage in stages:
+        assert psutil.pid_exists(stage["pid"])
+        assert stage["resident_bytes"] > 10_000_000
+        assert stage["node"]
+        assert stage["state"]
+    assert len(models["tiny-embed"]["versions"][0]["replicas"][0]["stages"]) == 1
+
+
+def test_a_second_up_changes_nothing_and_says_so(cluster: Cluster) -> None:
+    before = cluster.status()
+    said = cluster.up()
+    assert "nothing" in said.lower()
+    after = cluster.status()
+    pids = [
+        [stage["pid"] for model in status["models"] for v in model["versions"] for r in v["replicas"] for stage in r["stages"]]
+        for status in (before, after)
+    ]  # fmt: skip
+    assert pids[0] == pids[1]
+
+
+def test_a_killed_stage_is_replaced_and_requests_are_answered_again(cluster: Cluster, client: openai.OpenAI) -> None:
+    expected = complete(client)
+    stage = cluster.status()["models"][0]["versions"][0]["replicas"][0]["stages"][1]
+    psutil.Process(stage["pid"]).kill()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            assert complete(client) == expected
+            break
+        except openai.InternalServerError:
+            time.sleep(0.5)
+    assert complete(client) == expected
+
+
+def test_a_new_version_takes_over_without_a_failed_request(cluster: Cluster, client: openai.OpenAI) -> None:
+    directory = cluster.config.parent
+    old, new = complete(client), expected_text(directory / "chat-b")
+    answers: list[str | Exception] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            try:
+                answers.append(complete(client))
+            except openai.OpenAIError as error:
+                answers.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        cluster.edit(lambda values: values["models"][0].update(source=f"path://{directory / 'chat-b'}"))
+        cluster.up()
+    finally:
+        done.set()
+        asking.join()
+    assert complete(client).rstrip("\ufffd") == new.rstrip("\ufffd")
+    assert not [answer for answer in answers if isinstance(answer, Exception)]
+    assert set(answers) <= {old, complete(client)}
+    assert len(cluster.status()["models"][0]["versions"]) == 1, "the old version is gone"
+
+
+def test_a_version_that_cannot_load_is_reported_and_the_old_one_serves_on(
+    cluster: Cluster, client: openai.OpenAI
+) -> None:
+    expected = complete(client)
+    good = cluster.config.read_text()
+    broken = cluster.config.parent / "granite"
+    if not broken.exists():
+        from tests.support.tiny_models import save_tiny_model
+
+        save_tiny_model(broken, "granite", embedding_multiplier=12.0)
+        byte_level_tokenizer().save_pretrained(broken)
+    cluster.edit(lambda values: values["models"][0].update(source=f"path://{broken}"))
+    try:
+        failed = cluster.manta("up", str(cluster.config))
+        assert failed.returncode == 1
+        assert "cannot be sharded" in failed.stderr + failed.stdout
+        assert complete(client) == expected
+    finally:
+        cluster.config.write_text(good)
+        cluster.up()
+    assert complete(client) == expected
