@@ -111,8 +111,9 @@ class PagedStore:
 class FakeStageLink:
     """The engine's end of a fake pipeline.
 
-    ``gate``: while False, no answer comes out. ``fail_at_step``: that step is answered by StageFailed.
-    ``die_at_step``: sending or receiving raises once that step was sent. ``on_send`` is called before each step.
+    ``fail_at_step``: that step is answered by StageFailed. ``die_at_step``: sending or receiving raises once that
+    step was sent. ``hang_at_step``: sending it never returns, as to a peer that reads no more. ``on_send`` is called
+    before each step.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class FakeStageLink:
         max_step_tokens: int | None = None,
         fail_at_step: int | None = None,
         die_at_step: int | None = None,
+        hang_at_step: int | None = None,
         on_send: Callable[[], None] | None = None,
     ) -> None:
         self.num_stages = num_stages
@@ -135,6 +137,7 @@ class FakeStageLink:
         self._max_step_tokens = max_step_tokens
         self._fail_at_step = fail_at_step
         self._die_at_step = die_at_step
+        self._hang_at_step = hang_at_step
         self._on_send = on_send
         self._random = random.Random(schedule_seed)
         self._stores = [PagedStore(num_blocks, block_tokens) for _ in range(num_stages)]
@@ -169,6 +172,8 @@ class FakeStageLink:
         for queue in self._queues:
             queue.append(step)
         self._news.set()
+        if step.step == self._hang_at_step:
+            await asyncio.Event().wait()
         await asyncio.sleep(0)
         self._die_if_due()
 

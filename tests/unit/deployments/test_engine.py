@@ -353,6 +353,21 @@ async def test_recovery_repeats_and_loses_nothing(how, at):
     await engine.stop()
 
 
+@pytest.mark.parametrize("at", range(1, 12))
+async def test_recovery_from_a_stage_that_takes_no_more_steps(at):
+    settings = config()
+    engine, link = engine_for(settings, hang_at_step=at)
+    requests = [generate(f"r{i}", PROMPT[i : i + 6], max_tokens=12, temperature=1.0, seed=i) for i in range(3)]
+    await engine.start()
+    tasks = [asyncio.create_task(collect(engine, request)) for request in requests]
+    await until(lambda: len(link.sent) == at)
+    await ticks(20)
+    await engine.recover(link_for(settings))
+    for request, outcome in zip(requests, await asyncio.gather(*tasks), strict=True):
+        check(request, outcome)
+    await engine.stop()
+
+
 async def test_requests_wait_out_a_recovery_but_not_beyond_their_deadline():
     clock = FakeClock()
     settings = config(on_stage_failure="hold")

@@ -104,13 +104,13 @@ async def play(settings_: EngineConfig, crowd: list[Client], num_stages: int, se
     await engine.stop()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(engine_configs, clients(), st.integers(1, 3), st.integers(0, 2**16))
 def test_any_workload_gives_the_reference(settings_, crowd, num_stages, seed):
     asyncio.run(play(settings_, crowd, num_stages, seed, []))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     engine_configs,
     clients(),
