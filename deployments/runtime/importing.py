@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
             result = convert_safetensors(options.source, options.out, dtype=dtype, report=report)
         else:
             result = convert_gguf(options.source, options.out, task=options.task, dtype=dtype, report=report)
-    except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # the border of the process: whoever started it wants one line, not a traceback
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
     lines.write(json.dumps({"result": result}) + "\n")

@@ -30,6 +30,7 @@ from cluster.registry.tree import file_sha256
 LATEST = "latest"
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ALIAS_ATTEMPTS = 5
+_GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +163,10 @@ def _check_single_file(path: Path) -> None:
     refuse_pickle(path)
     if path.suffix != ".gguf":
         raise SourceError(f"{path}: a single file must be .gguf; for safetensors give the directory it lies in")
+    with path.open("rb") as file:
+        magic = file.read(len(_GGUF_MAGIC))
+    if magic != _GGUF_MAGIC:
+        raise SourceError(f"{path}: not a GGUF file: it begins with {magic!r} instead of {_GGUF_MAGIC!r}")
 
 
 def _fetch(registry: Registry, source: AnySource, work: Path, sha256: str | None, progress: Progress) -> _Fetched:
