@@ -30,7 +30,9 @@ class LogLine:
 
 
 def log_files(dashboard: Dashboard, model: str) -> list[LogFile]:
-    """Files of every replica and stage of ``model`` (or ``gateway``, or an application's name), the dead last.
+    """Files of the replicas and stages of ``model`` (or ``gateway``, or an application's name): the living ones.
+
+    Where none lives, those that died last, because their ends say why.
 
     Raises ControlError when nothing of that name is deployed, naming what is.
     """
@@ -40,10 +42,10 @@ def log_files(dashboard: Dashboard, model: str) -> list[LogFile]:
     if not chosen:
         known = ", ".join(sorted({_model_of(app) for app in own.values()})) or "nothing"
         raise ControlError(f"{model} is not deployed at {dashboard.url}; deployed: {known}")
-    files = [_replica_file(app["name"], replica) for app in chosen for replica in _with_dead(app)]
-    names = {app["name"] for app in chosen}
+    files = [_replica_file(app["name"], replica) for app in chosen for replica in _living_or_dead(app)]
+    shown = {(app["name"], replica["replica_id"]) for app in chosen for replica in _living_or_dead(app)}
     stages = sorted(stage_actors(dashboard.actors()).items())
-    files += [_stage_file(key, actor) for key, actor in stages if key[0] in names and actor["pid"]]
+    files += [_stage_file(key, actor) for key, actor in stages if key[:2] in shown and actor["pid"]]
     return [file for file in files if file is not None]
 
 
@@ -90,9 +92,9 @@ def _model_of(app: dict[str, Any]) -> str:
     return str(app["deployed_app_config"]["args"].get("model", GATEWAY_APP))
 
 
-def _with_dead(app: dict[str, Any]) -> list[dict[str, Any]]:
+def _living_or_dead(app: dict[str, Any]) -> list[dict[str, Any]]:
     dead = [replica for deployment in app["deployments"].values() for replica in deployment["recent_dead_replicas"]]
-    return [*replicas_of(app), *dead]
+    return list(replicas_of(app)) or dead
 
 
 def _replica_file(app: str, replica: dict[str, Any]) -> LogFile | None:
