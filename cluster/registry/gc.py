@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cluster.registry.manifest import ModelVersion, check_model_name, is_version_name
+from cluster.registry.materialize import sweep_cache
 from cluster.registry.store import Registry, blob_path, manifest_path, reused_path, tombstone_path
 
 GRACE_S = 3600.0
@@ -57,6 +58,7 @@ def collect(
         _delete_blobs(registry, blobs)
         for path in temporaries:
             registry.tree.remove(path)
+        sweep_cache(registry, grace_s=grace_s)
     return Collected(
         versions=tuple(version.reference for version in doomed),
         blobs=tuple(blobs),

@@ -1,12 +1,13 @@
 """Materializing: a version becomes a local directory with its files, every one verified against the manifest.
 
-A local registry's blobs are hard-linked, so a version costs no second copy and outlives its removal by GC while a
-process still reads it; a remote one's are downloaded once into the cache. The directory appears whole, by a rename,
+A local registry's blobs are hard-linked, so a version costs no second copy, and whoever has its files open can read
+on when GC removes it; a remote one's are downloaded once into the cache. The directory appears whole, by a rename,
 and any number of processes may ask for it at once. Each process verifies each version once.
 """
 
 import os
 import shutil
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -60,6 +61,17 @@ def verify(
             if remove_damaged:
                 registry.tree.remove(blob_path(entry.sha256))
     return problems
+
+
+def sweep_cache(registry: Registry, *, grace_s: float) -> None:
+    """Delete what this machine's cache holds of versions that are gone, and what killed processes left half-made."""
+    for directory in (registry.cache / "models").glob("*/*"):
+        if directory.name.startswith(TEMPORARY_PREFIX):
+            gone = time.time() - directory.stat().st_mtime >= grace_s
+        else:
+            gone = registry.deleted(directory.parent.name, directory.name.partition("-")[0])
+        if gone:
+            remove_folder(directory)
 
 
 def _check_blob(registry: Registry, version: ModelVersion, entry: FileEntry, count: ByteCount) -> str | None:

