@@ -19,11 +19,18 @@ _DESCRIPTION = (
 )
 
 
-def create_app(backend: Backend, telemetry: Telemetry | None = None, *, heartbeat_s: float = HEARTBEAT_S) -> FastAPI:
+def create_app(
+    backend: Backend,
+    telemetry: Telemetry | None = None,
+    *,
+    heartbeat_s: float = HEARTBEAT_S,
+    answers_request_id: bool = True,
+) -> FastAPI:
     """The gateway over ``backend``.
 
     Limits are ``backend.table.settings``, read at every request, so that a new table is in force at once. A stream
-    that is silent for ``heartbeat_s`` gets a comment.
+    that is silent for ``heartbeat_s`` gets a comment. ``answers_request_id`` is False behind a server that writes the
+    ``x-request-id`` response header itself, as Ray Serve does: it would be there twice.
     """
     app = FastAPI(title="Manta", version="1", description=_DESCRIPTION, redirect_slashes=False, redoc_url=None)
     app.add_middleware(
@@ -31,6 +38,7 @@ def create_app(backend: Backend, telemetry: Telemetry | None = None, *, heartbea
         settings=lambda: backend.table.settings,
         telemetry=telemetry if telemetry is not None else NoTelemetry(),
         permits=Permits(),
+        answers_request_id=answers_request_id,
     )
     app.add_exception_handler(HTTPException, _answer_http_error)  # type: ignore[arg-type]
     Endpoints(backend, heartbeat_s).add_to(app)

@@ -24,12 +24,19 @@ class Gate:
     """ASGI middleware around the application; holds no request, only who is inside."""
 
     def __init__(
-        self, app: ASGIApp, *, settings: Callable[[], GatewaySettings], telemetry: Telemetry, permits: Permits
+        self,
+        app: ASGIApp,
+        *,
+        settings: Callable[[], GatewaySettings],
+        telemetry: Telemetry,
+        permits: Permits,
+        answers_request_id: bool,
     ) -> None:
         self._app = app
         self._settings = settings
         self._telemetry = telemetry
         self._permits = permits
+        self._answers_request_id = answers_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request: refuse it, or let it through and report how it ended."""
@@ -66,8 +73,9 @@ class Gate:
             nonlocal answering
             if message["type"] == "http.response.start":
                 answering = True
-                tag = (b"x-request-id", call.request_id.encode())
-                message = {**message, "headers": [*message.get("headers", ()), tag]}
+                if self._answers_request_id:
+                    tag = (b"x-request-id", call.request_id.encode())
+                    message = {**message, "headers": [*message.get("headers", ()), tag]}
             return send(message)
 
         try:

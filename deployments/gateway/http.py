@@ -30,7 +30,6 @@ from deployments.gateway.call import Call
 from deployments.gateway.chunks import ChunkEncoder
 from deployments.gateway.collect import Collector, Dialect, Identity
 from deployments.gateway.errors import ApiError
-from deployments.gateway.fields import Body
 from deployments.gateway.invalid import validate
 from deployments.gateway.merge import MergedStreams
 from deployments.gateway.openai import (
@@ -39,6 +38,7 @@ from deployments.gateway.openai import (
     DetokenizeRequest,
     EmbeddingRequest,
     GenerationRequest,
+    ModelRequest,
     TokenizeRequest,
 )
 from deployments.gateway.openapi import (
@@ -63,7 +63,7 @@ from deployments.gateway.translate import (
 )
 from deployments.messages import Detokenize, Embedded
 
-AnyBody = TypeVar("AnyBody", bound=Body)
+AnyRequest = TypeVar("AnyRequest", bound=ModelRequest)
 
 
 class Endpoints:
@@ -148,13 +148,15 @@ class Endpoints:
             raise ApiError("unavailable", f"The server is {health.status}.", retry_after_s=1.0)
         return _json(HealthResponse(status="ok", models=[HealthModel(**asdict(model)) for model in health.models]))
 
-    async def _open(self, request: Request, kind: type[AnyBody], task: Task | None) -> tuple[Call, AnyBody, Route]:
+    async def _open(
+        self, request: Request, kind: type[AnyRequest], task: Task | None
+    ) -> tuple[Call, AnyRequest, Route]:
         """The checked body, and the route of the model it names."""
         call: Call = request.state.call
         async with asyncio.timeout_at(call.deadline):
             raw = await read_limited(request.headers, request.stream(), call.settings.max_body_bytes)
         body = validate(kind, parse_json(raw))
-        route = find_route(self._backend, getattr(body, "model"), task)  # noqa: B009
+        route = find_route(self._backend, body.model, task)
         call.model = route.model
         call.user = getattr(body, "user", None)
         return call, body, route

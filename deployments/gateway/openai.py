@@ -94,11 +94,16 @@ class StreamOptions(Body):
     """Send one more chunk before ``[DONE]``, with empty ``choices`` and the ``usage`` of the whole request."""
 
 
-class GenerationRequest(Body):
-    """What chat and text completions have in common."""
+class ModelRequest(Body):
+    """What every request to a model has."""
 
     model: str
     """Name of a served model; ``GET /v1/models`` lists them."""
+
+
+class GenerationRequest(ModelRequest):
+    """What chat and text completions have in common."""
+
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     """Largest number of tokens to generate for each choice; at most the model's context."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -198,11 +203,9 @@ class CompletionRequest(GenerationRequest):
     """Return the log-probability of every generated token, and of so many alternatives."""
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(ModelRequest):
     """Body of ``POST /v1/embeddings``."""
 
-    model: str
-    """Name of a served embedding model."""
     input: Inputs
     """A text, texts, token ids, or lists of token ids; one vector for each."""
     encoding_format: Literal["float", "base64"] | None = None
@@ -221,7 +224,7 @@ class EmbeddingRequest(Body):
         return self
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(ModelRequest):
     """Body of ``POST /tokenize``: either ``prompt`` or ``messages``."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -231,8 +234,6 @@ class TokenizeRequest(Body):
         "tools": _ANY,
     }
 
-    model: str
-    """Name of a served model."""
     prompt: str | None = None
     """Text to tokenize."""
     messages: Messages | None = None
@@ -257,10 +258,8 @@ class TokenizeRequest(Body):
         return self
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(ModelRequest):
     """Body of ``POST /detokenize``."""
 
-    model: str
-    """Name of a served model."""
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
     """Token ids, in order."""

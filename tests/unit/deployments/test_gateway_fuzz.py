@@ -41,9 +41,9 @@ FIELDS = [
 app = create_app(FakeBackend())
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 quick = settings(
-    max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-thorough = settings(quick, max_examples=100)
+thorough = settings(quick, max_examples=50)
 
 numbers = st.integers() | st.floats() | st.sampled_from([2**31, 2**63, 2**64, 10**400, -0.0, 1e-320])
 texts = st.text() | st.sampled_from(["writer", "embedder", "user", "\ud800", "\x00", "text"])
