@@ -33,6 +33,11 @@ def expected_text(directory: Path) -> str:
     return byte_level_tokenizer().decode(greedy(model, PROMPT, 24)).removesuffix("\ufffd")
 
 
+def stage_pids(cluster: Cluster) -> list[int]:
+    versions = [version for model in cluster.status()["models"] for version in model["versions"]]
+    return [stage["pid"] for version in versions for replica in version["replicas"] for stage in replica["stages"]]
+
+
 def test_greedy_text_over_two_stages_is_transformers_own(cluster: Cluster, client: openai.OpenAI) -> None:
     text = complete(client)
     assert text.rstrip("\ufffd") == expected_text(cluster.config.parent / "chat-a").rstrip("\ufffd")
@@ -90,15 +95,9 @@ def test_status_lists_every_stage(cluster: Cluster) -> None:
 
 
 def test_a_second_up_changes_nothing_and_says_so(cluster: Cluster) -> None:
-    before = cluster.status()
-    said = cluster.up()
-    assert "nothing" in said.lower()
-    after = cluster.status()
-    pids = [
-        [stage["pid"] for model in status["models"] for v in model["versions"] for r in v["replicas"] for stage in r["stages"]]
-        for status in (before, after)
-    ]  # fmt: skip
-    assert pids[0] == pids[1]
+    before = stage_pids(cluster)
+    assert "nothing" in cluster.up().lower()
+    assert stage_pids(cluster) == before
 
 
 def test_a_killed_stage_is_replaced_and_requests_are_answered_again(cluster: Cluster, client: openai.OpenAI) -> None:

@@ -1,4 +1,4 @@
-"""A cluster of its own for tests: tiny models behind the real command, on free ports, with nothing left afterwards."""
+"""A cluster of its own for tests: tiny models behind the real command, on free ports, nothing left afterwards."""
 
 import json
 import socket
@@ -37,7 +37,7 @@ def save_tiny_chat(directory: Path, **overrides: Any) -> None:
 
 def save_tiny_encoder(directory: Path) -> None:
     """A tiny BERT with a WordPiece tokenizer, mean pooling by default."""
-    import torch  # noqa: PLC0415 - only the process that makes models needs it
+    import torch
     from transformers import AutoModel, BertConfig
 
     torch.manual_seed(0)

@@ -1,0 +1,83 @@
+"""What the import linter cannot see: what a process really loads, and names that are only strings."""
+
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "transformers", "ray", "fastapi"}
+
+
+def loaded_by(module: str) -> set[str]:
+    """Top-level packages that a fresh interpreter holds after importing ``module``."""
+    code = f"import json, sys, {module}; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("cluster.cli", HEAVY),
+        ("cluster.config.load", HEAVY | {"requests"}),
+        ("cluster.plan.build", HEAVY | {"requests"}),
+        ("deployments.replica.scheduler", HEAVY),
+        ("deployments.replica.blocks", HEAVY),
+        ("deployments.router.choose", HEAVY),
+        ("deployments.messages", HEAVY),
+        ("deployments.gateway.app", {"torch", "transformers", "ray"}),
+        ("deployments.app", {"torch", "transformers"}),
+        ("deployments.replica.autoscale", HEAVY | {"msgspec", "pydantic"}),
+        ("deployments.runtime.runner", {"ray", "fastapi"}),
+    ],
+)
+def test_a_module_loads_only_what_its_place_allows(module: str, forbidden: set[str]) -> None:
+    assert not loaded_by(module) & forbidden
+
+
+def test_init_files_hold_a_docstring_and_nothing_else() -> None:
+    for package in ("cluster", "deployments", "train_jobs"):
+        for path in (ROOT / package).rglob("__init__.py"):
+            text = path.read_text().strip()
+            assert re.fullmatch(r'"""[^"]*"""', text), f"{path} is a map, not code"
+
+
+def strings_naming_code() -> set[str]:
+    pattern = re.compile(r'"((?:cluster|deployments|train_jobs)(?:\.\w+)+:\w+)"')
+    sources = [path.read_text() for package in ("cluster", "deployments") for path in (ROOT / package).rglob("*.py")]
+    return {match for source in sources for match in pattern.findall(source)}
+
+
+def test_every_string_that_names_code_resolves() -> None:
+    names = strings_naming_code()
+    assert "deployments.app:build_model" in names
+    for name in names:
+        module, _, attribute = name.partition(":")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_modules_run_as_programs_by_name_exist() -> None:
+    for module in ("cluster", "deployments.runtime.importing"):
+        assert importlib.util.find_spec(module) is not None
+
+
+def test_nothing_edits_the_import_path() -> None:
+    for package in ("cluster", "deployments", "train_jobs", "tests"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert path == Path(__file__) or "sys.path." not in path.read_text(), path
+
+
+def test_builders_take_their_argument_by_its_real_type() -> None:
+    """Serve reads the annotation object; a postponed one would be a string, and the arguments a plain dict."""
+    for name in ("build_model", "build_gateway"):
+        (annotation,) = (
+            value for key, value in getattr(importlib.import_module("deployments.app"), name).__annotations__.items()
+            if key != "return"
+        )  # fmt: skip
+        assert isinstance(annotation, type)
