@@ -27,7 +27,7 @@ class Replica:
     _service: "ReplicaService | None" = None
 
     async def __init__(self, args: ModelAppArgs) -> None:  # type: ignore[misc]  # Serve awaits constructors
-        from deployments.replica.service import ReplicaService
+        from deployments.replica.service import ReplicaService  # noqa: PLC0415 - torch loads here, not in the builder
 
         begin = time.monotonic()
         check_code_digest(args.code_digest)
