@@ -121,7 +121,7 @@ class EmbedEngine:
         self.config = config
         self.failed: str | None = None
         """Why the stages cannot be used; None while they can."""
-        self._encoder = PromptEncoder(tokenizer)
+        self._encoder = PromptEncoder(tokenizer, config.context_tokens)
         self._link = link
         self._clock = clock
         self._waiting: deque[_Item] = deque()

@@ -15,20 +15,27 @@ _Result = TypeVar("_Result")
 class PromptEncoder:
     """Tokenizes without holding up the event loop; one thread, so that a flood of long prompts takes one core."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer, context_tokens: int) -> None:
         self._tokenizer = tokenizer
+        self._context_tokens = context_tokens
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     async def encode(self, prompt: Prompt, request_id: str) -> list[int]:
         """Token ids of a prompt; raises RequestRefused."""
-        return await self._run(_num_characters(prompt), lambda: self._tokenizer.encode(prompt, request_id=request_id))
+        return await self._run(
+            _num_characters(prompt),
+            lambda: self._tokenizer.encode(prompt, request_id=request_id, context_tokens=self._context_tokens),
+        )
 
     async def encode_inputs(
         self, inputs: tuple[str | tuple[int, ...], ...], request_id: str
     ) -> list[tuple[int, ...]]:
         """Token ids of each input of an embedding request; raises RequestRefused."""
         num_characters = sum(len(text) for text in inputs if isinstance(text, str))
-        return await self._run(num_characters, lambda: self._tokenizer.encode_inputs(inputs, request_id=request_id))
+        return await self._run(
+            num_characters,
+            lambda: self._tokenizer.encode_inputs(inputs, request_id=request_id, context_tokens=self._context_tokens),
+        )
 
     async def _run(self, num_characters: int, work: Callable[[], _Result]) -> _Result:
         if num_characters <= _INLINE_CHARACTERS:

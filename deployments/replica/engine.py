@@ -100,7 +100,7 @@ class Engine:
         self._progressed: list[Choice] = []
         self._sequence_ids = count(1)
         self._encoding: set[str] = set()
-        self._encoder = PromptEncoder(tokenizer)
+        self._encoder = PromptEncoder(tokenizer, config.context_tokens)
         self._durations = MeanDuration()
         self._num_done = self._num_refused = self._num_cancelled = self._num_recoveries = 0
         self._draining = False

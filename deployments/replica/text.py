@@ -32,10 +32,12 @@ from deployments.messages import (
     Tokenize,
     Tokenized,
     TokenLogprob,
+    TokenPrompt,
 )
 
 Spelling = Literal["byte_level", "sentencepiece", "other"]
 
+_PROBE_CHARACTERS_PER_TOKEN = 8  # ordinary text has about four
 _SPACE_MARK = "\u2581"
 _SENTENCEPIECE_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 _utf8_replacing = codecs.getincrementaldecoder("utf-8")
@@ -78,20 +80,28 @@ class TextTokenizer:
     @classmethod
     def load(cls, directory: Path) -> "TextTokenizer":
         """Read tokenizer and end tokens of the checkpoint in ``directory``."""
-        from transformers import AutoTokenizer  # heavy: only the process that loads a tokenizer pays for it
+        from transformers import AutoTokenizer  # noqa: PLC0415 - heavy; only who loads a tokenizer pays for it
 
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         return cls(tokenizer, read_eos_token_ids(directory, tokenizer.eos_token_id))
 
-    def encode(self, prompt: Prompt, *, request_id: str) -> list[int]:
-        """Token ids of a prompt, at least one; raises RequestRefused. Safe to call from several threads."""
+    def encode(self, prompt: Prompt, *, request_id: str, context_tokens: int) -> list[int]:
+        """Token ids of a prompt, at least one; raises RequestRefused. Safe to call from several threads.
+
+        May return more than ``context_tokens``; only a text that is far beyond them is refused here.
+        """
         if isinstance(prompt, TextPrompt):
-            token_ids = self.encode_text(
-                prompt.text, request_id=request_id, add_special_tokens=prompt.add_special_tokens
-            )
+            text, add_special_tokens = prompt.text, prompt.add_special_tokens
         elif isinstance(prompt, ChatPrompt):
-            text = self._render(prompt, request_id)
-            token_ids = self.encode_text(text, request_id=request_id, add_special_tokens=False, param="messages")
+            text, add_special_tokens = self._render(prompt, request_id), False
+        if not isinstance(prompt, TokenPrompt):
+            token_ids = self.encode_text(
+                text,
+                request_id=request_id,
+                context_tokens=context_tokens,
+                add_special_tokens=add_special_tokens,
+                param=prompt_param(prompt),
+            )
         else:
             token_ids = list(prompt.token_ids)
             self._check_known(token_ids, request_id, "prompt")
@@ -101,23 +111,50 @@ class TextTokenizer:
         return token_ids
 
     def encode_text(
-        self, text: str, *, request_id: str, add_special_tokens: bool = True, param: str = "prompt"
+        self,
+        text: str,
+        *,
+        request_id: str,
+        context_tokens: int,
+        add_special_tokens: bool = True,
+        param: str = "prompt",
     ) -> list[int]:
-        """Token ids of ``text``, which may be empty; RequestRefused for text that is not Unicode."""
+        """Token ids of ``text``, which may be empty; RequestRefused for text that is not Unicode, or far too long."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             message = f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
             raise _refusal(request_id, "invalid_request", f"{message}; send valid Unicode", param) from error
+        self._check_size(text, request_id, context_tokens, param)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def encode_inputs(self, inputs: Sequence[str | tuple[int, ...]], *, request_id: str) -> list[tuple[int, ...]]:
+    def _check_size(self, text: str, request_id: str, context_tokens: int, param: str) -> None:
+        """Refuse a text whose beginning alone has twice the context, without the cost of tokenizing all of it.
+
+        Twice, because the tokens at the cut may differ from those of the whole text.
+        """
+        num_characters = _PROBE_CHARACTERS_PER_TOKEN * context_tokens
+        while num_characters < len(text):
+            num_tokens = len(self._backend.encode(text[:num_characters], add_special_tokens=False).ids)
+            if num_tokens > 2 * context_tokens:
+                message = (
+                    f"this model's context is {context_tokens} tokens, but the first {num_characters} of "
+                    f"{len(text)} characters alone have {num_tokens}; shorten the text"
+                )
+                raise _refusal(request_id, "context_length_exceeded", message, param)
+            num_characters *= 4
+
+    def encode_inputs(
+        self, inputs: Sequence[str | tuple[int, ...]], *, request_id: str, context_tokens: int
+    ) -> list[tuple[int, ...]]:
         """Token ids of each input of an embedding request, none of them empty; raises RequestRefused."""
         encoded = []
         for index, item in enumerate(inputs):
             if isinstance(item, str):
-                token_ids = tuple(self.encode_text(item, request_id=request_id, param="input"))
+                token_ids = tuple(
+                    self.encode_text(item, request_id=request_id, context_tokens=context_tokens, param="input")
+                )
             else:
                 token_ids = item
                 self._check_known(token_ids, request_id, "input")
@@ -148,7 +185,7 @@ class TextTokenizer:
 
     def tokenize(self, request: Tokenize, context_tokens: int) -> Tokenized:
         """Answer a Tokenize; raises RequestRefused."""
-        token_ids = self.encode(request.prompt, request_id=request.request_id)
+        token_ids = self.encode(request.prompt, request_id=request.request_id, context_tokens=context_tokens)
         return Tokenized(
             request_id=request.request_id,
             token_ids=tuple(token_ids),

@@ -1,4 +1,8 @@
+import random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deployments.messages import Sample, SamplingParams, StageTiming, StepOutput
 from deployments.replica.blocks import BlockPool
@@ -39,6 +43,9 @@ class Bench:
         if step is None:
             return None
         self.steps.append(step)
+        for part in step.sequences:
+            assert len(part.block_ids) * self.pool.block_tokens >= part.position + len(part.token_ids)
+        assert sum(len(part.token_ids) for part in step.sequences) <= self.scheduler.config.max_step_tokens
         return {part.sequence_id: len(part.token_ids) for part in step.sequences}
 
     def fill(self):
@@ -287,6 +294,39 @@ def test_a_sequence_that_never_ran_ends_in_silence():
     bench.add(3, first=500)
     bench.fill()
     assert bench.steps[0].ended == ()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(8, 16), st.integers(2, 12), st.booleans())
+def test_under_any_load_and_few_blocks_everybody_comes_to_an_end(
+    seed, num_stages, num_blocks, budget, prefix_caching
+):
+    rng = random.Random(seed)
+    bench = Bench(
+        num_stages=num_stages,
+        num_blocks=num_blocks,
+        max_step_tokens=budget,
+        prefix_caching=prefix_caching,
+        max_running=5,
+    )
+    alive = []
+    for _ in range(12):
+        alive.append(bench.add(rng.randint(1, 12), first=rng.choice([100, 200])))
+        for _ in range(rng.randrange(4)):
+            if bench.plan() is None and bench.steps:
+                bench.answer()
+            if alive and rng.random() < 0.1:
+                bench.scheduler.end(alive.pop(rng.randrange(len(alive))))
+    for _ in range(5000):
+        if bench.plan() is None and bench.steps:
+            bench.answer()
+        for sequence in [sequence for sequence in alive if sequence.num_emitted >= 20]:
+            bench.scheduler.end(sequence)
+            alive.remove(sequence)
+        if not alive:
+            break
+    assert not alive
+    assert bench.pool.num_used == 0
 
 
 def test_no_more_steps_in_flight_than_stages():

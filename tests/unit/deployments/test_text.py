@@ -27,7 +27,7 @@ def stream_text(tokenizer, prompt_ids, token_ids, **options):
 
 @given(st.text(), st.booleans())
 def test_byte_level_stream_gives_back_any_text(text, skip):
-    token_ids = TEXT.encode_text(text, request_id="r")
+    token_ids = TEXT.encode_text(text, request_id="r", context_tokens=64)
     assert "".join(stream_text(TEXT, [], token_ids, skip_special_tokens=skip)) == TEXT.decode(
         token_ids, skip_special_tokens=skip
     )
@@ -43,14 +43,14 @@ def test_byte_level_stream_equals_full_decoding_minus_an_incomplete_tail(token_i
 
 
 def test_no_piece_ends_in_half_a_character():
-    token_ids = TEXT.encode_text("a\u00e9\u4e16\U0001f600z", request_id="r")
+    token_ids = TEXT.encode_text("a\u00e9\u4e16\U0001f600z", request_id="r", context_tokens=64)
     pieces = stream_text(TEXT, [], token_ids)
     assert [piece for piece in pieces if piece] == ["a", "\u00e9", "\u4e16", "\U0001f600", "z"]
     assert len(token_ids) == 1 + 2 + 3 + 4 + 1
 
 
 def test_added_tokens_outside_the_byte_alphabet_are_decoded_as_written():
-    token_ids = TEXT.encode_text("x<|tag \u4e16|>y", request_id="r")
+    token_ids = TEXT.encode_text("x<|tag \u4e16|>y", request_id="r", context_tokens=64)
     assert len(token_ids) == 3
     assert "".join(stream_text(TEXT, [], token_ids)) == "x<|tag \u4e16|>y"
 
@@ -128,9 +128,14 @@ def test_ids_without_a_token_have_no_text():
 
 def test_chat_prompts_go_through_the_models_template():
     messages = ({"role": "user", "content": "hello"},)
-    assert TEXT.decode(TEXT.encode(ChatPrompt(messages=messages), request_id="r")) == "<|user|>hello\n<|assistant|>"
     assert (
-        TEXT.decode(TEXT.encode(ChatPrompt(messages=messages, add_generation_prompt=False), request_id="r"))
+        TEXT.decode(TEXT.encode(ChatPrompt(messages=messages), request_id="r", context_tokens=64))
+        == "<|user|>hello\n<|assistant|>"
+    )
+    assert (
+        TEXT.decode(
+            TEXT.encode(ChatPrompt(messages=messages, add_generation_prompt=False), request_id="r", context_tokens=64)
+        )
         == "<|user|>hello\n"
     )
 
@@ -154,7 +159,7 @@ def test_chat_prompts_go_through_the_models_template():
 )
 def test_prompts_that_cannot_become_tokens(prompt, code, param, words):
     with pytest.raises(RequestRefused) as caught:
-        TEXT.encode(prompt, request_id="r")
+        TEXT.encode(prompt, request_id="r", context_tokens=64)
     assert (caught.value.refused.code, caught.value.refused.param) == (code, param)
     assert words in caught.value.refused.message
 
@@ -162,7 +167,7 @@ def test_prompts_that_cannot_become_tokens(prompt, code, param, words):
 def test_a_model_without_a_chat_template_says_what_to_use_instead():
     plain = TextTokenizer(byte_level_tokenizer(chat_template=None), ())
     with pytest.raises(RequestRefused, match="/v1/completions") as caught:
-        plain.encode(ChatPrompt(messages=({"role": "user", "content": "x"},)), request_id="r")
+        plain.encode(ChatPrompt(messages=({"role": "user", "content": "x"},)), request_id="r", context_tokens=64)
     assert caught.value.refused.code == "unsupported"
 
 
@@ -175,6 +180,19 @@ def test_detokenize_refuses_ids_outside_the_vocabulary():
     assert TEXT.detokenize(Detokenize(request_id="r", token_ids=(EOS_ID,))).text == "<|end|>"
     with pytest.raises(RequestRefused, match=f"0 to {TEXT.vocab_size - 1}"):
         TEXT.detokenize(Detokenize(request_id="r", token_ids=(TEXT.vocab_size,)))
+
+
+def test_a_text_far_beyond_the_context_is_refused_after_its_beginning():
+    with pytest.raises(RequestRefused) as caught:
+        TEXT.encode(TextPrompt(text="z" * 8_000_000), request_id="r", context_tokens=64)
+    refused = caught.value.refused
+    assert (refused.code, refused.param) == ("context_length_exceeded", "prompt")
+    assert "context is 64 tokens, but the first 512 of 8000000 characters alone have 512" in refused.message
+
+
+def test_a_long_text_of_long_tokens_is_not_refused_for_its_length():
+    token_ids = TEXT.encode(TextPrompt(text="<|tag \u4e16|>" * 100), request_id="r", context_tokens=100)
+    assert len(token_ids) == 100
 
 
 def test_tokenize_spells_every_token():
@@ -205,7 +223,7 @@ def test_a_saved_tokenizer_loads_and_is_never_truncated(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 1}))
     loaded = TextTokenizer.load(tmp_path)
     assert loaded.eos_token_ids == (1,)
-    assert len(loaded.encode(TextPrompt(text="z" * 100), request_id="r")) == 100
+    assert len(loaded.encode(TextPrompt(text="z" * 100), request_id="r", context_tokens=64)) == 100
 
 
 def stop_reference(text, stops, include_stop):
@@ -217,7 +235,7 @@ def stop_reference(text, stops, include_stop):
     return text, None
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     st.text("ab", max_size=20),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
