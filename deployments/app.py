@@ -82,7 +82,8 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the ASGI application once the constructor is done."""
-        return create_app(self._router, GatewayTelemetry())
+        # Serve's own middleware answers with the request id already
+        return create_app(self._router, GatewayTelemetry(), answers_request_id=False)
 
 
 def open_pool(app: str) -> ReplicaPool:

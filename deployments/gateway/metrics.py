@@ -32,13 +32,12 @@ class GatewayTelemetry:
         num_completion_tokens: int,
     ) -> None:
         """Count an answered request and its tokens."""
-        labels = {"endpoint": endpoint, "model": model}
         self._move(endpoint, -1)
-        self._metrics.count("manta_requests_total", status=str(status), **labels)
-        self._metrics.count("manta_prompt_tokens_total", num_prompt_tokens, **labels)
-        self._metrics.count("manta_cached_prompt_tokens_total", num_cached_tokens, **labels)
-        self._metrics.count("manta_generation_tokens_total", num_completion_tokens, **labels)
-        self._metrics.observe("manta_e2e_request_latency_seconds", seconds, **labels)
+        self._metrics.count("manta_requests_total", status=str(status), endpoint=endpoint, model=model)
+        self._metrics.count("manta_prompt_tokens_total", num_prompt_tokens, endpoint=endpoint, model=model)
+        self._metrics.count("manta_cached_prompt_tokens_total", num_cached_tokens, endpoint=endpoint, model=model)
+        self._metrics.count("manta_generation_tokens_total", num_completion_tokens, endpoint=endpoint, model=model)
+        self._metrics.observe("manta_e2e_request_latency_seconds", seconds, endpoint=endpoint, model=model)
 
     def refused(self, *, endpoint: str, model: str, status: int, code: str, seconds: float) -> None:  # noqa: ARG002
         """Count a refused or broken request."""
