@@ -203,7 +203,7 @@ def _chat(args: argparse.Namespace) -> int:
     url = base_url(load_config(args.config)) if args.config is not None else args.url or _DEFAULT_URL
     gateway = Gateway(url)
     if args.prompt is None and sys.stdin.isatty():
-        import readline  # noqa: F401 (gives input() line editing and history; only a conversation wants it)
+        import readline  # noqa: F401, PLC0415 (gives input() line editing and history; only a conversation wants it)
 
         _print(f"Talking to {args.model}. Ctrl-C stops an answer, Ctrl-D leaves.")
         converse(gateway, args.model)

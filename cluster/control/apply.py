@@ -71,7 +71,7 @@ def up(config: ClusterConfig, report: Report, *, timeout_s: float) -> Applied:
             plan = build_plan(config, import_missing(config, registry, known, report.progress, digest), digest)
         for note in plan.notes:
             report.say(f"Note: {note}.")
-        applied = _apply(plan, ray, report, timeout_s)
+        applied = apply_plan(plan, ray, report, timeout_s=timeout_s)
         dashboard = ray.dashboard()
         assert dashboard is not None
         return Applied(plan=plan, actions=(*done, *applied) or (Nothing(),), dashboard_url=dashboard.url)
@@ -83,7 +83,11 @@ def down(config: ClusterConfig, report: Report) -> bool:
         return ray_of(config).stop(report.say)
 
 
-def _apply(plan: Plan, ray: Ray, report: Report, timeout_s: float) -> list[Action]:
+def apply_plan(plan: Plan, ray: Ray, report: Report, *, timeout_s: float) -> list[Action]:
+    """Start Ray if it does not run and carry out what the diff says; the actions that were taken.
+
+    ControlError when an application does not start: its earlier config is given back to Serve before that.
+    """
     dashboard = ray.dashboard()
     done: list[Action] = []
     if dashboard is None:

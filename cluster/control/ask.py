@@ -25,6 +25,10 @@ class Gateway:
         if urlsplit(self.url).hostname in _LOOPBACK:
             self._session.trust_env = False  # a proxy configured in the environment cannot reach this machine
 
+    def close(self) -> None:
+        """Close idle connections; the client may be used again."""
+        self._session.close()
+
     def chat(self, model: str, messages: list[ChatMessage], *, max_tokens: int) -> str:
         """The whole answer to ``messages``, chosen greedily."""
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}

@@ -34,6 +34,10 @@ class Dashboard:
         """A client that sends RAY_AUTH_TOKEN, where that is set."""
         return cls(url, os.environ.get("RAY_AUTH_TOKEN"))
 
+    def close(self) -> None:
+        """Close idle connections; the client may be used again."""
+        self._session.close()
+
     def is_up(self) -> bool:
         """Whether a dashboard answers here at all."""
         try:

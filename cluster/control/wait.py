@@ -94,7 +94,7 @@ def view(name: str, app: dict[str, Any] | None) -> AppView:
         num_starting=sum(state in ("STARTING", "UPDATING", "PENDING_MIGRATION") for state in states),
         num_wanted=sum(deployment["target_num_replicas"] or 0 for deployment in deployments),
         error=errors[-1] if errors else None,
-        waiting_for=waiting[0].split(" Resources required")[0] if waiting else None,
+        waiting_for=waiting[0].splitlines()[0].split(". ")[0] if waiting else None,
     )
 
 

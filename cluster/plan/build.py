@@ -87,20 +87,20 @@ def _app_args(
     _check_facts(model, version.facts)
     path = f"models.{model.name}.pipeline"
     if model.pipeline.split is not None:
-        candidates = [explicit(model.pipeline.split, version.facts, path=path)]
-    elif model.pipeline.stages == "auto":
-        most = version.facts.num_layers if _auto_can_split(model, nodes) else 1
-        candidates = [cut_layers(version.facts, count, path=path) for count in range(1, most + 1)]
-    else:
-        candidates = [cut_layers(version.facts, model.pipeline.stages, path=path)]
-    chosen = None
-    for ranges in candidates:
-        chosen = _with_stages(model, version, storage, nodes, code_digest, ranges)
-        if len(candidates) == 1 or one_replica_fits(chosen, nodes):
-            return chosen
-    assert chosen is not None
+        return _with_stages(
+            model, version, storage, nodes, code_digest, explicit(model.pipeline.split, version.facts, path=path)
+        )
+    if model.pipeline.stages != "auto":
+        ranges = cut_layers(version.facts, model.pipeline.stages, path=path)
+        return _with_stages(model, version, storage, nodes, code_digest, ranges)
+    most = version.facts.num_layers if _auto_can_split(model, nodes) else 1
+    for num_stages in range(1, most + 1):
+        ranges = cut_layers(version.facts, num_stages, path=path)
+        args = _with_stages(model, version, storage, nodes, code_digest, ranges)
+        if most == 1 or one_replica_fits(args, nodes):
+            return args
     raise PlanError(
-        f"{path}.stages: auto tried 1 to {len(candidates)} stages, and none fits the nodes; "
+        f"{path}.stages: auto tried 1 to {most} stages, and none fits the nodes; "
         "use a smaller kv_cache.tokens or batching.max_step_tokens, or nodes with more memory"
     )
 

@@ -76,12 +76,6 @@ def _check_one_replica(args: ModelAppArgs, nodes: Sequence[NodePlan]) -> None:
             raise PlanError(f"models.{args.model}: stage {stage.index} {_why_no_node(stage, bundle, nodes)}")
     if one_replica_fits(args, nodes):
         return
-    num_nodes = sum(node.max for node in nodes)
-    if args.placement_strategy == "STRICT_SPREAD" and len(args.stages) > num_nodes:
-        raise PlanError(
-            f"models.{args.model}.pipeline.placement: STRICT_SPREAD puts {len(args.stages)} stages on as many nodes, "
-            f"but there are at most {num_nodes}; set stages to {num_nodes}, add nodes, or use SPREAD"
-        )
     raise PlanError(
         f"models.{args.model}: one replica needs {show_all(totals(gang.bundles))} in {len(gang.bundles)} bundles "
         f"placed {args.placement_strategy}, and the nodes offer {show_all(_offer(nodes))}; {_remedy('memory')}"

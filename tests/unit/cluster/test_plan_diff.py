@@ -1,0 +1,170 @@
+"""Dictionaries in, dictionaries out: what runs and what should, and the actions between them."""
+
+import pytest
+
+from cluster.errors import PlanError
+from cluster.plan.build import build_plan
+from cluster.plan.diff import Observed, ObservedApp, diff, join, routing_for_now
+from cluster.plan.serve_app import gateway_app, model_apps
+from cluster.plan.types import Plan
+from tests.unit.cluster.plan_examples import MINILM, SMOLLM2, config, known, minilm_facts
+
+
+def plan(version: str = "v1", models: str = SMOLLM2, digest: str = "digest", memory: str = "8GiB") -> Plan:
+    nodes = f"    - {{name: box, resources: {{CPU: 2, memory: {memory}}}}}\n"
+    versions = {"smollm2": known(version), "minilm": known(model_facts=minilm_facts())}
+    return build_plan(config(models, nodes), versions, digest)
+
+
+def running(source: Plan, **statuses: str) -> Observed:
+    """The cluster as ``up`` leaves it for ``source``, with other statuses for some applications."""
+    configs = [*model_apps(source), gateway_app(source.gateway, source.routing, source.runtime_env)]
+    apps = {}
+    for app in configs:
+        status = statuses.get(app["name"].replace("-", "_"), "RUNNING")
+        apps[app["name"]] = ObservedApp(
+            name=app["name"], status=status, config=app, num_running_replicas=int(status == "RUNNING")
+        )
+    return Observed(ray_running=True, http_address=("127.0.0.1", 8000), apps=apps)
+
+
+def kinds(wanted: Plan, observed: Observed) -> list[tuple[object, ...]]:
+    return [(action.kind, *getattr(action, "apps", ())) for action in diff(wanted, observed)]
+
+
+STOPPED = Observed(ray_running=False)
+FIRST_TIME = [
+    ("deploy_apps", "smollm2-v1", "gateway"),
+    ("await_apps", "smollm2-v1", "gateway"),
+    ("switch_routes",),
+]
+
+
+def test_from_nothing():
+    assert kinds(plan(), STOPPED) == [("start_cluster",), *FIRST_TIME]
+
+
+def test_ray_without_serve():
+    assert kinds(plan(), Observed(ray_running=True)) == FIRST_TIME
+
+
+def test_nothing_changed():
+    (only,) = diff(plan(), running(plan()))
+    assert only.sentence == "Nothing to do: everything is as the config says."
+
+
+def test_a_new_version_is_up_before_the_old_one_goes():
+    assert kinds(plan("v2"), running(plan("v1"))) == [
+        ("deploy_apps", "smollm2-v2"),
+        ("await_apps", "smollm2-v2"),
+        ("switch_routes",),
+        ("remove_apps", "smollm2-v1"),
+    ]
+
+
+def test_without_room_for_both_the_old_version_goes_first():
+    tight = "1GiB"
+    assert kinds(plan("v2", memory=tight), running(plan("v1", memory=tight))) == [
+        ("remove_apps", "smollm2-v1"),
+        ("deploy_apps", "smollm2-v2"),
+        ("await_apps", "smollm2-v2"),
+        ("switch_routes",),
+    ]
+
+
+def test_changed_arguments_update_the_application_in_place():
+    more = SMOLLM2.replace("stages: 2", "stages: 3")
+    assert kinds(plan(models=more), running(plan())) == [
+        ("deploy_apps", "smollm2-v1"),
+        ("await_apps", "smollm2-v1"),
+    ]
+
+
+def test_changed_code_updates_everything():
+    assert kinds(plan(digest="other"), running(plan())) == [
+        ("deploy_apps", "smollm2-v1", "gateway"),
+        ("await_apps", "smollm2-v1", "gateway"),
+    ]
+
+
+def test_changed_limits_touch_only_the_routing_table():
+    wanted = plan()
+    settings = wanted.routing.settings.model_copy(update={"max_choices": 1})
+    routing = wanted.routing.model_copy(update={"settings": settings})
+    assert kinds(wanted.model_copy(update={"routing": routing}), running(plan())) == [("switch_routes",)]
+
+
+def test_a_model_that_is_no_longer_wanted_goes_after_its_route():
+    assert kinds(plan(), running(plan(models=SMOLLM2 + MINILM))) == [
+        ("switch_routes",),
+        ("remove_apps", "minilm-v1"),
+    ]
+
+
+def test_an_interrupted_up_is_waited_for_and_finished():
+    halfway = running(plan(), smollm2_v1="DEPLOYING")
+    assert kinds(plan(), halfway) == [("await_apps", "smollm2-v1")]
+
+
+def test_a_failed_application_is_removed_and_tried_again():
+    assert kinds(plan(), running(plan(), smollm2_v1="DEPLOY_FAILED")) == [
+        ("remove_apps", "smollm2-v1"),
+        ("deploy_apps", "smollm2-v1"),
+        ("await_apps", "smollm2-v1"),
+    ]
+
+
+def test_a_failed_application_that_still_serves_is_not_taken_away():
+    observed = running(plan(), smollm2_v1="DEPLOY_FAILED")
+    app = observed.apps["smollm2-v1"]
+    serving = ObservedApp(name=app.name, status=app.status, config=app.config, num_running_replicas=1)
+    observed = Observed(ray_running=True, apps={**observed.apps, "smollm2-v1": serving})
+    assert ("remove_apps", "smollm2-v1") not in kinds(plan(), observed)
+
+
+def test_models_that_are_not_imported_come_first_and_do_not_remove_what_serves_them():
+    wanted = build_plan(config(), {}, "digest")
+    (action,) = diff(wanted, running(plan()))
+    assert action.kind == "import_model"
+    assert action.sentence == f"Import smollm2 from {wanted.models[0].source}."
+    assert [kind for kind, *_ in kinds(wanted, STOPPED)][:2] == ["import_model", "start_cluster"]
+
+
+def test_another_http_address_is_refused_with_both_and_the_remedy():
+    observed = Observed(ray_running=True, http_address=("127.0.0.1", 8001), apps=running(plan()).apps)
+    with pytest.raises(
+        PlanError, match=r"127\.0\.0\.1:8000, but Serve already listens on 127\.0\.0\.1:8001.*manta down"
+    ):
+        diff(plan(), observed)
+
+
+def foreign(name: str, route: str | None) -> Observed:
+    app = ObservedApp(
+        name=name,
+        status="RUNNING",
+        config={"name": name, "import_path": "shop:app", "route_prefix": route, "args": {}},
+    )
+    return Observed(ray_running=True, apps={**running(plan()).apps, name: app})
+
+
+def test_applications_of_others_are_left_alone_and_repeated():
+    observed = foreign("shop", "/shop")
+    assert kinds(plan(), observed) == [("nothing",)]
+    assert [app["name"] for app in observed.foreign_configs()] == ["shop"]
+
+
+def test_applications_of_others_in_our_way_are_refused():
+    with pytest.raises(PlanError, match="already serves the route / that the gateway needs"):
+        diff(plan(), foreign("shop", "/"))
+    with pytest.raises(PlanError, match=r"already runs an application named gateway that Manta did not deploy"):
+        diff(plan(), foreign("gateway", "/shop"))
+
+
+def test_a_new_gateway_begins_without_routes_and_a_running_one_keeps_them():
+    assert routing_for_now(plan(), STOPPED).routes == ()
+    assert routing_for_now(plan("v2"), running(plan("v1"))) == plan("v1").routing
+    assert routing_for_now(plan("v2"), running(plan("v1")), removed=["smollm2-v1"]).routes == ()
+
+
+def test_names_are_joined_as_people_do():
+    assert [join([]), join(["a"]), join(["a", "b"]), join(["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]

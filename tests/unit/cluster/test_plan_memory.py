@@ -1,0 +1,52 @@
+"""Bytes per stage, against sums done by hand."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.plan.memory import StepShape, activation_bytes, kv_bytes, weight_bytes
+from tests.unit.cluster.plan_examples import SMOLLM2_LAYER_PARAMS, facts, minilm_facts
+
+SHAPE = StepShape(dtype="bfloat16", max_step_tokens=512, max_running=32, num_blocks=1024, block_tokens=16)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_one_stage_holds_every_parameter_once(dtype, size):
+    every = 28_311_552 + 30 * SMOLLM2_LAYER_PARAMS + 576
+    assert weight_bytes(facts(), start=0, stop=30, dtype=dtype) == every * size
+
+
+def test_a_tied_head_on_its_own_stage_is_a_second_copy_of_the_embedding():
+    first = weight_bytes(facts(), start=0, stop=19, dtype="float32")
+    last = weight_bytes(facts(), start=19, stop=30, dtype="float32")
+    assert first == (28_311_552 + 19 * SMOLLM2_LAYER_PARAMS) * 4
+    assert last == (11 * SMOLLM2_LAYER_PARAMS + 576 + 28_311_552) * 4
+
+
+@given(cuts=st.sets(st.integers(1, 29), max_size=5))
+def test_untied_stages_add_up_to_the_whole_model(cuts):
+    untied = facts(tied_head=False, head_params=1000)
+    bounds = [0, *sorted(cuts), 30]
+    parts = sum(weight_bytes(untied, start=start, stop=stop, dtype="float16") for start, stop in pairwise(bounds))
+    assert parts == weight_bytes(untied, start=0, stop=30, dtype="float16")
+
+
+def test_kv_cache_is_blocks_times_layers_times_keys_and_values():
+    assert kv_bytes(facts(), SHAPE, 19) == 1024 * 16 * 19 * 2 * 3 * 64 * 2
+
+
+def test_an_embedding_model_keeps_no_past():
+    assert kv_bytes(minilm_facts(), SHAPE, 6) == 0
+
+
+def test_many_sampled_rows_make_the_logits_the_largest_tensor_of_the_last_stage_only():
+    busy = StepShape(dtype="bfloat16", max_step_tokens=512, max_running=512, num_blocks=1024, block_tokens=16)
+    assert activation_bytes(facts(), busy, last=True) == 512 * 49152 * (2 + 4 + 4)
+    assert activation_bytes(facts(), busy, last=False) == activation_bytes(facts(), SHAPE, last=False)
+
+
+def test_more_tokens_in_a_step_need_more_memory():
+    larger = StepShape(dtype="bfloat16", max_step_tokens=1024, max_running=32, num_blocks=1024, block_tokens=16)
+    assert activation_bytes(facts(), larger, last=False) > activation_bytes(facts(), SHAPE, last=False)
