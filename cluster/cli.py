@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -148,6 +149,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _up(args: argparse.Namespace) -> int:
+    began = time.monotonic()
     config = load_config(args.config)
     report = report_to()
     try:
@@ -169,8 +171,7 @@ def _up(args: argparse.Namespace) -> int:
             }
         )
     else:
-        if not changed:
-            _print(Nothing().sentence)
+        _print(f"Up after {time.monotonic() - began:.1f} s." if changed else Nothing().sentence)
         _print(next_steps(config, applied.plan, applied.dashboard_url, answers, str(args.config)))
     return 0
 

@@ -1,11 +1,13 @@
 """Serve's recorded answers in; views, errors and waiting out."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from cluster.control.report import LineReport, describe
+from cluster.control.report import LineReport, TerminalReport, describe
 from cluster.control.wait import AppView, await_apps, await_gone, error_text, view
 from cluster.errors import ControlError
 from tests.unit.cluster.recorded_dashboard import RecordedDashboard, recorded
@@ -105,6 +107,20 @@ def test_a_long_step_is_a_line_per_tenth(tmp_path: Path):
         lines = stream.read().splitlines()
     assert len(lines) == 11
     assert lines[-1] == "download x: 100.0MiB of 100.0MiB"
+
+
+def test_a_terminal_gets_bars_a_table_and_sentences_one_below_the_other():
+    stream = StringIO()
+    report = TerminalReport(Console(file=stream, force_terminal=True, width=100))
+    report.progress("download [x]", 2**20, 4 * 2**20, "B")
+    report.progress("convert", 1, None, "tensors")
+    report.apps([views("serve_failing.json")["toy-v2"]])
+    report.say("Route smollm2 to [v2].")
+    report.close()
+    shown = stream.getvalue()
+    parts = ["download [x]", "1.0/4.0 MiB", "convert", "cannot allocate 99GiB (deliberate)", "Route smollm2 to [v2]."]
+    assert [part for part in parts if part not in shown] == []
+    assert shown.index("99GiB") < shown.index("Route smollm2")
 
 
 def test_the_recordings_are_json():
