@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,18 @@ def convert_gguf(source: Path, out: Path, *, task: str, dtype: torch.dtype, repo
 
     The weights are unpacked: transformers would keep them in GGUF blocks, and those cannot be saved.
     """
-    # Imported here: seconds that a conversion of safetensors does not need.
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    # Imported here, and below: seconds that a conversion of safetensors does not need.
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
 
     model_class = AutoModel if task == "embed" else AutoModelForCausalLM
     _report_loading(report)
     origin = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    model = model_class.from_pretrained(**origin, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
+    report("reading the tokenizer", 0, 1, "steps")
     tokenizer = AutoTokenizer.from_pretrained(**origin)
+    report("reading the tokenizer", 1, 1, "steps")
+    report("unpacking the weights", 0, 1, "steps")
+    model = model_class.from_pretrained(**origin, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
+    report("unpacking the weights", 1, 1, "steps")
     report("writing safetensors", 0, 1, "steps")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -116,10 +121,11 @@ def _rewrite(source: Path, target: Path, change: Callable[[dict[str, Any]], dict
 
 
 def _gguf_license(source: Path) -> str | None:
-    from gguf import GGUFReader  # as above
+    from transformers.integrations.gguf.reader import read_gguf_metadata  # noqa: PLC0415
 
-    field = GGUFReader(source).get_field("general.license")
-    return None if field is None else str(field.contents())
+    metadata, _ = read_gguf_metadata(str(source))
+    found = metadata.get("general.license")
+    return None if found is None else str(found)
 
 
 class _ReportingBar:
@@ -160,7 +166,7 @@ class _ReportingBar:
 
 
 def _report_loading(report: Report) -> None:
-    from transformers.utils import logging as transformers_logging  # as above
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
     def make_bar(factory: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> _ReportingBar:  # noqa: ARG001
         iterable = arguments[0] if arguments else options.get("iterable")
@@ -177,12 +183,23 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="an empty or new directory")
     parser.add_argument("--task", choices=("generate", "embed"), required=True)
     parser.add_argument("--dtype", choices=tuple(DTYPES), required=True)
+    parser.add_argument(
+        "--end-with-stdin", action="store_true", help="exit when standard input closes: the caller died"
+    )
     return parser.parse_args(arguments)
+
+
+def _end_with_stdin() -> None:
+    while os.read(sys.stdin.fileno(), 4096):  # unbuffered: no lock that the interpreter's end would trip over
+        pass
+    os._exit(1)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Convert as the command line says; returns the exit status."""
     options = _parse(arguments)
+    if options.end_with_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with the JSON lines
 

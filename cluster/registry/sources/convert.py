@@ -17,6 +17,7 @@ from cluster.registry.progress import Progress
 
 CONVERTER = "deployments.runtime.importing"
 _TAIL_LINES = 12
+_STARTING = "starting the converter"
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -33,11 +34,16 @@ def convert(source: Path, out: Path, *, task: Task, dtype: Dtype, progress: Prog
     SourceError with the converter's own last words when it fails.
     """
     command = [sys.executable, "-m", CONVERTER, "--source", str(source), "--out", str(out)]
-    command += ["--task", task, "--dtype", dtype]
-    progress("starting the converter", 0, None, "steps")
+    command += ["--task", task, "--dtype", dtype, "--end-with-stdin"]
+    progress(_STARTING, 0, None, "steps")
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(  # noqa: S603 - our own module, arguments are paths and enumerations
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | _QUIET
+            command,
+            stdin=subprocess.PIPE,  # stays open, and empty, as long as this process lives: the converter ends with it
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | _QUIET,
         )
         try:
             result = _follow(process, progress)
@@ -45,6 +51,8 @@ def convert(source: Path, out: Path, *, task: Task, dtype: Dtype, progress: Prog
         finally:
             process.kill()
             process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
         if status != 0 or result is None:
             raise SourceError(f"{source} could not be converted ({_how_it_ended(status)}):\n{_tail(errors)}")
     return result
@@ -53,7 +61,9 @@ def convert(source: Path, out: Path, *, task: Task, dtype: Dtype, progress: Prog
 def _follow(process: subprocess.Popen[str], progress: Progress) -> dict[str, Any] | None:
     assert process.stdout is not None
     with process.stdout as lines:
-        for line in lines:
+        for number, line in enumerate(lines):
+            if number == 0:
+                progress(_STARTING, 1, 1, "steps")
             message = json.loads(line)
             if "result" in message:
                 result: dict[str, Any] = message["result"]

@@ -18,8 +18,8 @@ def download_snapshot(source: HfSource, progress: Progress) -> Path:
 
     Only files that may be published are downloaded, so a pickle never reaches this machine.
     """
-    # Imported here: half a second that no other command needs.
-    from huggingface_hub import HfApi, snapshot_download
+    # Imported here, and below: half a second that no other command needs.
+    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415
 
     label = f"downloading {source.repo}"
     progress(label, 0, None, "B")
@@ -49,7 +49,7 @@ def download_snapshot(source: HfSource, progress: Progress) -> Path:
 
 def _bar_class(label: str, progress: Progress) -> type:
     """A tqdm class that shows nothing and passes its byte counts to ``progress``."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes with the hub library, needed only with it
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
 
     class ReportingBar(tqdm):  # type: ignore[misc]
         monitor_interval = 0  # no thread of its own

@@ -7,6 +7,7 @@ import of anything.
 import fcntl
 import hashlib
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,8 @@ def import_lock(folder: Path, key: str, progress: Progress) -> Iterator[Path]:
     _sweep(folder)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     descriptor = _lock(_lock_path(folder, digest), progress)
-    work = folder / digest
+    work = folder / f"{digest}.{uuid.uuid4().hex[:8]}"  # never the folder of a killed import's surviving child
     try:
-        remove_folder(work)
         work.mkdir()
         yield work
     finally:
@@ -51,7 +51,7 @@ def _sweep(folder: Path) -> None:
     for work in folder.iterdir():
         if not work.is_dir():
             continue
-        descriptor = os.open(_lock_path(folder, work.name), os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(_lock_path(folder, work.name.partition(".")[0]), os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if _try_lock(descriptor):  # otherwise a living import works there
                 remove_folder(work)

@@ -229,7 +229,7 @@ def test_interrupted_import_completes_when_repeated(
 
 def test_work_of_a_killed_import_is_swept_and_of_a_living_one_kept(registry: Registry, tmp_path: Path) -> None:
     work = registry.cache / "work"
-    for name in ("killed", "living"):
+    for name in ("killed.1", "living.2"):
         (work / name / "ready").mkdir(parents=True)
         (work / name / "ready" / "half").write_bytes(b"x")
     descriptor = os.open(work / "living.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -237,7 +237,7 @@ def test_work_of_a_killed_import_is_swept_and_of_a_living_one_kept(registry: Reg
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         source = f"path://{write_checkpoint(tmp_path / 'm')}"
         import_source(registry, "tiny", source, task="generate", dtype="float32")
-        assert [path.name for path in work.iterdir() if path.is_dir()] == ["living"]
+        assert [path.name for path in work.iterdir() if path.is_dir()] == ["living.2"]
     finally:
         os.close(descriptor)
 
