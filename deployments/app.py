@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.control.code import check_code_digest
 from cluster.plan.placement import replica_bundles
 from cluster.plan.types import GatewayAppArgs, GatewaySettings, ModelAppArgs, RoutingTable
+from cluster.telemetry.log import log_with_serve
 from deployments.gateway.app import create_app
 from deployments.gateway.metrics import GatewayTelemetry
 from deployments.replica.server import Replica, autoscaling
@@ -24,6 +25,9 @@ from deployments.router.router import Router
 # Long enough for a stream to end by itself; the replica ends what is left at its own drain timeout.
 _GRACE_S = 10.0
 _DISCOVERY_TIMEOUT_S = 5.0
+
+# Serve's access log would add a line for every discovery; gateway and replica log each request themselves.
+_LOGGING = {"encoding": "JSON", "enable_access_log": False}
 
 # What a gateway knows between its start and its first routing table: nothing is served, nothing is accepted.
 _CLOSED = RoutingTable(
@@ -49,6 +53,7 @@ def build_model(args: ModelAppArgs) -> Application:
         max_ongoing_requests=1000,
         max_constructor_retry_count=1,
         health_check_period_s=2.0,
+        logging_config=_LOGGING,
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=args.drain_timeout_s + _GRACE_S,
@@ -64,6 +69,7 @@ def build_gateway(args: GatewayAppArgs) -> Application:
         ray_actor_options={"num_cpus": args.cpus},
         max_ongoing_requests=100_000,
         health_check_period_s=2.0,
+        logging_config=_LOGGING,
         max_surge_percent=100,
     )
     return deployment.bind(args)
@@ -73,6 +79,7 @@ class Gateway:
     """One gateway replica: the OpenAI surface over a router. Its routing table is replaced in place."""
 
     async def __init__(self, args: GatewayAppArgs) -> None:  # type: ignore[misc]  # Serve awaits constructors
+        log_with_serve()
         check_code_digest(args.code_digest)
         self._router = Router(_CLOSED, open_pool)
 

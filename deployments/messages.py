@@ -255,7 +255,7 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True):
     """What the sampling stage must know of a sequence before its first sample.
 
     ``token_ids`` are prompt and already emitted tokens; the first ``num_prompt_tokens`` are the prompt.
-    Sent again when a sequence resumes after preemption or the loss of a stage.
+    Sent again when a sequence resumes after preemption or the loss of a stage. ``request_id`` is for the logs.
     """
 
     sequence_id: int
@@ -265,6 +265,7 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     choice: int
     eos_token_ids: tuple[int, ...]
+    request_id: str = ""
 
 
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):

@@ -133,6 +133,7 @@ class Request:
                 seed=sampling.seed,
                 choice=index,
                 eos_token_ids=eos_token_ids,
+                request_id=self.request_id,
                 leader=self.choices[0].sequence if self.choices else None,
             )
             self.choices.append(Choice(self, sequence, tokenizer))

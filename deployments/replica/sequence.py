@@ -39,6 +39,7 @@ class Sequence:
     seed: int
     choice: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    request_id: str = ""
     leader: "Sequence | None" = None
     """First choice of the same request: the others wait for its prompt, then share it through the prefix cache."""
 
@@ -84,6 +85,7 @@ class Sequence:
             seed=self.seed,
             choice=self.choice,
             eos_token_ids=self.eos_token_ids,
+            request_id=self.request_id,
         )
 
     def advance(self, num_tokens: int, step: int) -> SequenceStep:

@@ -13,12 +13,13 @@ from ray import serve
 
 from cluster.control.code import check_code_digest
 from cluster.plan.types import ModelAppArgs
+from cluster.telemetry.log import log_with_serve
 from deployments.router.connection import ReplicaEndpoint
 
 if TYPE_CHECKING:
     from deployments.replica.service import ReplicaService
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class Replica:
@@ -29,6 +30,7 @@ class Replica:
     async def __init__(self, args: ModelAppArgs) -> None:  # type: ignore[misc]  # Serve awaits constructors
         from deployments.replica.service import ReplicaService  # noqa: PLC0415 - torch loads here, not in the builder
 
+        log_with_serve()
         begin = time.monotonic()
         check_code_digest(args.code_digest)
         group = ray.util.get_current_placement_group()

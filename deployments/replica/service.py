@@ -43,7 +43,7 @@ from deployments.replica.text import TextTokenizer
 from deployments.router.connection import ReplicaEndpoint
 from deployments.stage.group import StageGroup
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 _WARM_UP_TIMEOUT_S = 300.0
 _REPORT_S = 1.0
@@ -163,7 +163,7 @@ class ReplicaService:
 
 def _load_tokenizer(args: ModelAppArgs) -> TextTokenizer:
     registry = Registry(args.storage)
-    return TextTokenizer.load(materialize(registry, registry.get(args.model, args.version)))
+    return TextTokenizer.load(materialize(registry, registry.get(args.registry_name or args.model, args.version)))
 
 
 def _engine_config(args: ModelAppArgs) -> EngineConfig:

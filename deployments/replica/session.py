@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
@@ -97,6 +98,17 @@ class GatewaySession:
         task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
 
     async def _answer(self, request: Generate | Embed | Tokenize | Detokenize) -> None:
+        begin = time.monotonic()
+        outcome = "cancelled"
+        try:
+            outcome = await self._try_answer(request)
+        finally:
+            extra = {"request_id": request.request_id, "outcome": outcome}
+            kind = type(request).__name__.lower()
+            logger.info("%s ended after %.3f s: %s", kind, time.monotonic() - begin, outcome, extra=extra)
+
+    async def _try_answer(self, request: Generate | Embed | Tokenize | Detokenize) -> str:
+        """Answer and say how it ended: ``done``, ``refused``, ``unreachable`` or ``failed``."""
         try:
             match request:
                 case Generate():
@@ -110,11 +122,14 @@ class GatewaySession:
                     await self._channel.send(self._service.detokenize(request))
         except RequestRefused as error:
             await self._channel.send(error.refused)
+            return "refused"
         except ChannelError:
-            return  # the reader sees it too and ends the session
+            return "unreachable"  # the reader sees it too and ends the session
         except Exception as error:
             logger.exception("request %s failed", request.request_id)
             self._refuse(request.request_id, "internal", f"the replica failed: {error!r}")
+            return "failed"
+        return "done"
 
     async def _stream(self, request: Generate) -> None:
         events = self._service.generate(request)

@@ -27,7 +27,7 @@ class ReplicaPool:
         self._discover = discover
         self._wake = wake
         self._connections: dict[str, ReplicaConnection] = {}
-        self._refreshing = asyncio.Lock()
+        self._changing = asyncio.Lock()
         self._task = asyncio.create_task(self._refresh_forever())
 
     @property
@@ -41,11 +41,11 @@ class ReplicaPool:
             connection = self._choose(exclude)
             if connection is not None:
                 return connection
-            if not self._connections:
-                await self._connect(await self._wake())
-            else:
+            if self._connections:
                 await asyncio.sleep(REFRESH_S / 10)
-            await self.refresh()
+                await self.refresh()
+            else:
+                await self._add([await self._wake()])
 
     def _choose(self, exclude: frozenset[str]) -> ReplicaConnection | None:
         usable = {
@@ -61,11 +61,14 @@ class ReplicaPool:
 
     async def refresh(self) -> None:
         """Connect to replicas that appeared, forget those whose connection broke."""
-        async with self._refreshing:
-            lost = {replica for replica, connection in self._connections.items() if connection.is_lost}
+        await self._add(await self._discover())
+
+    async def _add(self, endpoints: Sequence[ReplicaEndpoint]) -> None:
+        async with self._changing:
+            lost = [replica for replica, connection in self._connections.items() if connection.is_lost]
             for replica in lost:
                 await self._connections.pop(replica).close()
-            for endpoint in await self._discover():
+            for endpoint in endpoints:
                 if endpoint.replica_id not in self._connections:
                     await self._connect(endpoint)
 

@@ -12,6 +12,7 @@ from cluster.control.code import check_code_digest
 from cluster.plan.types import ModelAppArgs
 from cluster.registry.materialize import materialize
 from cluster.registry.store import Registry
+from cluster.telemetry.log import log_to_stderr
 from deployments.runtime.encoder import EncoderRunner
 from deployments.runtime.model import DTYPES, StageSlice
 from deployments.runtime.runner import RunnerConfig, StageRunner
@@ -34,10 +35,11 @@ class StageActor:
 
     def start(self) -> StageAddress:
         """Load the slice and listen; raises what the registry, the runtime or the system says is wrong."""
+        log_to_stderr(model=self._args.model, version=self._args.version, stage=self._plan.index)
         check_code_digest(self._args.code_digest)
         torch.set_num_threads(self._args.threads_per_stage)
         registry = Registry(self._args.storage)
-        directory = materialize(registry, registry.get(self._args.model, self._args.version))
+        directory = materialize(registry, registry.get(self._args.registry_name or self._args.model, self._args.version))
         self._runner = self._load(directory)
         address, secret = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
         return StageAddress(address=address, secret=secret)

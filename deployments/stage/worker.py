@@ -7,6 +7,7 @@ moving bytes meanwhile.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from deployments.messages import (
     StepInput,
     StepOutput,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class StepRunner(Protocol):
@@ -122,6 +125,9 @@ class StageWorker:
             await self.stop()
 
     async def _step(self, step: StepInput, replica: Channel, begin: float) -> None:
+        for start in step.started:
+            extra = {"request_id": start.request_id, "sequence_id": start.sequence_id, "step": step.step}
+            logger.info("sequence starts with %d tokens", len(start.token_ids), extra=extra)
         hidden = None if self._position.is_first else await self._receive_hidden(step.step)
         received = time.perf_counter()
         result = await asyncio.get_running_loop().run_in_executor(
