@@ -1,7 +1,7 @@
 """One log format: JSON lines whose fields find a request again, from the gateway to the stages.
 
-Fields by name: ``request_id``, ``model``, ``version``, ``replica``, ``stage``, ``endpoint``, ``status``, ``seconds``. Code
-logs with the standard library (``logger.info(text, extra={...})``); prompts and answers are never logged.
+Fields by name: ``request_id``, ``model``, ``version``, ``stage``, ``endpoint``, ``status``, ``seconds``, ``outcome``.
+Code logs with the standard library (``logger.info(text, extra={...})``); prompts and answers are never logged.
 """
 
 import json

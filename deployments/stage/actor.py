@@ -39,7 +39,8 @@ class StageActor:
         check_code_digest(self._args.code_digest)
         torch.set_num_threads(self._args.threads_per_stage)
         registry = Registry(self._args.storage)
-        directory = materialize(registry, registry.get(self._args.registry_name or self._args.model, self._args.version))
+        name = self._args.registry_name or self._args.model
+        directory = materialize(registry, registry.get(name, self._args.version))
         self._runner = self._load(directory)
         address, secret = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
         return StageAddress(address=address, secret=secret)

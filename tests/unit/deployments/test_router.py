@@ -1,4 +1,4 @@
-"""The router over real channels: requests find the least loaded replica, and lost replicas lose no unbegun request."""
+"""The router over real channels: requests find the least loaded replica; a lost one loses no unbegun request."""
 
 import asyncio
 import contextlib
