@@ -11,7 +11,7 @@ from cluster.plan.diff import Observed, ObservedApp
 from cluster.plan.serve_app import is_own
 from cluster.plan.types import PlanModel
 
-_STAGE_NAME = re.compile(r"manta:(?P<app>[^:]+):(?P<replica>[^:]+):stage-(?P<index>[0-9]+)")
+_STAGE_NAME = re.compile(r"manta:(?P<app>[^:]+):(?P<replica>[^:]+):stage-(?P<index>[0-9]+)(?::[0-9]+)?")
 
 _THIS_MACHINE = "127.0.0.1"
 """A node has this address only in a Ray of the local provider."""

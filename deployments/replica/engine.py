@@ -89,6 +89,7 @@ class Engine:
         self.config = config
         self.failed: str | None = None
         """Why the stages cannot be used; None while they can."""
+        self._failure = asyncio.Event()
         self.pool = BlockPool(config.num_blocks, config.block_tokens, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(_scheduler_config(config, link), self.pool)
         self._tokenizer = tokenizer
@@ -133,6 +134,16 @@ class Engine:
         self._refuse_all("draining", "this replica was stopped; send the request again")
         self._encoder.stop()
 
+    async def wait_failed(self) -> str:
+        """Return, as soon as the stages cannot be used, why."""
+        await self._failure.wait()
+        assert self.failed is not None
+        return self.failed
+
+    def report_loss(self, reason: str) -> None:
+        """Somebody else saw the stages die, perhaps while no step was under way."""
+        self._fail(f"the stages are lost: {reason}", recoverable=True)
+
     async def recover(self, link: StageLink) -> None:
         """Go on over new stages that know nothing: recompute every unfinished sequence, repeat and lose no token."""
         await self._cancel_tasks()
@@ -140,6 +151,7 @@ class Engine:
         self.scheduler.reset(link.num_stages)
         self._link = link
         self.failed = None
+        self._failure.clear()
         self._num_recoveries += 1
         self._sent.clear()
         self._wake.set()
@@ -280,6 +292,7 @@ class Engine:
             return
         logger.error("%s", message)
         self.failed = message
+        self._failure.set()
         if not recoverable or self.config.on_stage_failure == "refuse":
             self._refuse_all("internal", message)
 

@@ -38,10 +38,12 @@ from deployments.messages import (
 from deployments.replica.embed import EmbedConfig, EmbedEngine
 from deployments.replica.engine import Engine, EngineConfig
 from deployments.replica.session import GatewaySession
+from deployments.replica.supervise import Supervisor
 from deployments.replica.telemetry import ReplicaTelemetry
 from deployments.replica.text import TextTokenizer
 from deployments.router.connection import ReplicaEndpoint
 from deployments.stage.group import StageGroup
+from deployments.stage.link import StageLink
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ class ReplicaService:
         self._telemetry = ReplicaTelemetry(model=args.model, version=args.version)
         self._listener = Listener(self._converse)
         self._engine: Engine | EmbedEngine
-        self._reporting: asyncio.Task[None]
+        self._supervisor: Supervisor | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
     async def start(cls, args: ModelAppArgs, replica_id: str, group: PlacementGroup) -> Self:
@@ -68,29 +71,28 @@ class ReplicaService:
 
         Raises what the registry, the runtime or a stage says is wrong; nothing is left running then.
         """
-        stages, tokenizer = await asyncio.gather(
-            StageGroup.create(args, group, replica_id), asyncio.to_thread(_load_tokenizer, args)
-        )
-        service = cls(args, replica_id, tokenizer, stages)
+        stages = StageGroup(args, group, replica_id)
         try:
-            service._engine = await service._start_engine()
+            link, tokenizer = await asyncio.gather(stages.start(), asyncio.to_thread(_load_tokenizer, args))
+            service = cls(args, replica_id, tokenizer, stages)
+            await service._start_engine(link)
             await service._warm_up()
-            service._reporting = asyncio.create_task(service._report())
             await service._listener.start(ray.util.get_node_ip_address())
         except BaseException:
             stages.kill()
             raise
         return service
 
-    async def _start_engine(self) -> Engine | EmbedEngine:
-        args, link = self._args, await self._stages.connect()
-        engine: Engine | EmbedEngine
-        if args.task == "embed":
-            engine = EmbedEngine(_embed_config(args), self._tokenizer, link)
+    async def _start_engine(self, link: StageLink) -> None:
+        if self._args.task == "embed":
+            self._engine = EmbedEngine(_embed_config(self._args), self._tokenizer, link)
         else:
-            engine = Engine(_engine_config(args), self._tokenizer, link, telemetry=self._telemetry)
-        await engine.start()
-        return engine
+            engine = Engine(_engine_config(self._args), self._tokenizer, link, telemetry=self._telemetry)
+            self._supervisor = Supervisor(engine, self._stages, link)
+            self._tasks.append(asyncio.create_task(self._supervisor.run()))
+            self._engine = engine
+        await self._engine.start()
+        self._tasks.append(asyncio.create_task(self._report()))
 
     async def _warm_up(self) -> None:
         if isinstance(self._engine, EmbedEngine):
@@ -147,14 +149,15 @@ class ReplicaService:
 
     @property
     def failed(self) -> str | None:
-        """Why no token can be produced any more; None while they can."""
-        return self._engine.failed
+        """Why nothing can be produced any more; None while it can, or while lost stages are being replaced."""
+        return self._supervisor.given_up if self._supervisor is not None else self._engine.failed
 
     async def stop(self) -> None:
         """Let the requests under way finish within the drain timeout, then end the stages."""
         begin = time.monotonic()
         await self._engine.drain(self._args.drain_timeout_s)
-        self._reporting.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._engine.stop()
         await self._listener.stop()
         self._stages.kill()
@@ -175,6 +178,7 @@ def _engine_config(args: ModelAppArgs) -> EngineConfig:
         max_running=args.max_running,
         max_step_tokens=args.max_step_tokens,
         max_waiting=args.max_waiting,
+        on_stage_failure="hold",
     )
 
 

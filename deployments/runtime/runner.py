@@ -57,6 +57,10 @@ class StageRunner:
         """Bytes of parameters this stage holds; a tensor shared by two modules counts once."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
+    def forget(self) -> None:
+        """Forget every sequence; what the cache holds is never read again."""
+        self._sampler = Sampler()
+
     @torch.inference_mode()
     def run(self, step: StepInput, hidden_TD: torch.Tensor | None) -> torch.Tensor | list[Sample]:
         """Compute one step.

@@ -34,15 +34,18 @@ class StageActor:
         self._thread.start()
 
     def start(self) -> StageAddress:
-        """Load the slice and listen; raises what the registry, the runtime or the system says is wrong."""
-        log_to_stderr(model=self._args.model, version=self._args.version, stage=self._plan.index)
-        check_code_digest(self._args.code_digest)
-        torch.set_num_threads(self._args.threads_per_stage)
-        registry = Registry(self._args.storage)
-        name = self._args.registry_name or self._args.model
-        directory = materialize(registry, registry.get(name, self._args.version))
-        self._runner = self._load(directory)
-        address, secret = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
+        """Load the slice and listen; called again, keep the weights, forget every sequence, and listen anew.
+
+        Raises what the registry, the runtime or the system says is wrong.
+        """
+        if self._runner is None:
+            log_to_stderr(model=self._args.model, version=self._args.version, stage=self._plan.index)
+            check_code_digest(self._args.code_digest)
+            torch.set_num_threads(self._args.threads_per_stage)
+            registry = Registry(self._args.storage)
+            name = self._args.registry_name or self._args.model
+            self._runner = self._load(materialize(registry, registry.get(name, self._args.version)))
+        address, secret = self._call(self._listen())
         return StageAddress(address=address, secret=secret)
 
     def _load(self, directory: Path) -> StageRunner | EncoderRunner:
@@ -68,6 +71,10 @@ class StageActor:
         )
 
     async def _listen(self) -> tuple[str, bytes]:
+        if self._worker is not None:
+            await self._worker.stop()
+        if isinstance(self._runner, StageRunner):
+            self._runner.forget()
         telemetry = StageTelemetry(model=self._args.model, version=self._args.version, stage=self._plan.index)
         position = StagePosition(
             index=self._plan.index, is_first=self._plan.has_embedding, is_last=self._plan.has_head

@@ -39,6 +39,7 @@ class StageLink:
         self._channels = list(channels)
         self._step_timeout_s = step_timeout_s
         self._results: asyncio.Queue[tuple[StageResult, list[bytes]] | StageLostError] = asyncio.Queue()
+        self._lost: asyncio.Future[StageLostError] = asyncio.get_running_loop().create_future()
         self._readers = [
             asyncio.create_task(self._read(index, channel)) for index, channel in enumerate(self._channels)
         ]
@@ -100,13 +101,22 @@ class StageLink:
             try:
                 message, buffers = await channel.receive()
             except ChannelError as error:
-                self._results.put_nowait(StageLostError(index, str(error)))
+                self._lose(StageLostError(index, str(error)))
                 return
             if isinstance(message, StepOutput | EmbedOutput | StageFailed):
                 self._results.put_nowait((message, buffers))
             else:
-                self._results.put_nowait(StageLostError(index, f"it sent a {type(message).__name__}"))
+                self._lose(StageLostError(index, f"it sent a {type(message).__name__}"))
                 return
+
+    def _lose(self, loss: StageLostError) -> None:
+        self._results.put_nowait(loss)
+        if not self._lost.done():
+            self._lost.set_result(loss)
+
+    async def wait_lost(self) -> StageLostError:
+        """Return, as soon as a connection breaks, which and why; also while no step is under way."""
+        return await asyncio.shield(self._lost)
 
     async def close(self) -> None:
         """Close every connection; the stages stop serving."""

@@ -163,12 +163,12 @@ class StageWorker:
         await replica.send(output, [vectors.tobytes()])
 
     async def stop(self) -> None:
-        """Close every connection; the replica sees it at once."""
+        """Close every connection (the replica sees it at once), and wait for the step that is being computed."""
         self._finished.set()
         if self._next is not None:
             self._next.close()
         await self._listener.stop()
-        self._compute.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._compute.shutdown, wait=True, cancel_futures=True)
 
 
 async def _report(replica: Channel, failure: StageFailed) -> None:

@@ -1,7 +1,6 @@
 """The whole request path on a real cluster, driven by OpenAI's client and by the command line."""
 
 import threading
-import time
 from pathlib import Path
 
 import openai
@@ -100,18 +99,21 @@ def test_a_second_up_changes_nothing_and_says_so(cluster: Cluster) -> None:
     assert stage_pids(cluster) == before
 
 
-def test_a_killed_stage_is_replaced_and_requests_are_answered_again(cluster: Cluster, client: openai.OpenAI) -> None:
-    expected = complete(client)
-    stage = cluster.status()["models"][0]["versions"][0]["replicas"][0]["stages"][1]
-    psutil.Process(stage["pid"]).kill()
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            assert complete(client) == expected
-            break
-        except openai.InternalServerError:
-            time.sleep(0.5)
-    assert complete(client) == expected
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stream_survives_the_death_of_a_stage(cluster: Cluster, client: openai.OpenAI, stage: int) -> None:
+    arguments = {"model": "tiny", "prompt": PROMPT, "max_tokens": 240, "temperature": 1.0, "seed": 3, "n": 2}
+    extra = {"ignore_eos": True, "skip_special_tokens": False}
+    undisturbed = [choice.text for choice in client.completions.create(**arguments, extra_body=extra).choices]
+    before = stage_pids(cluster)
+    texts = ["", ""]
+    for number, chunk in enumerate(client.completions.create(**arguments, extra_body=extra, stream=True)):
+        if number == 5:
+            psutil.Process(before[stage]).kill()
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == undisturbed
+    after = stage_pids(cluster)
+    assert [old == new for old, new in zip(before[:2], after[:2], strict=True)] == [stage == 1, stage == 0]
 
 
 def test_a_new_version_takes_over_without_a_failed_request(cluster: Cluster, client: openai.OpenAI) -> None:
