@@ -13,7 +13,7 @@ from typing import Literal
 
 from cluster.errors import PlanError
 from cluster.plan.serve_app import GATEWAY_APP, GATEWAY_DEPLOYMENT, ServeApp, gateway_app, is_own, model_apps
-from cluster.plan.types import Plan, RoutingTable
+from cluster.plan.types import Plan, Route, RoutingTable
 
 _COMPARED_KEYS = ("import_path", "route_prefix", "args", "runtime_env")
 
@@ -172,7 +172,8 @@ def _app_actions(plan: Plan, observed: Observed) -> list[Action]:
     )
     if unready:
         actions.append(AwaitApps(apps=unready, sentence=f"Wait until {join(unready)} {_run(unready)}."))
-    if desired and _routing_of(own.get(GATEWAY_APP)) != plan.routing.model_dump(mode="json"):
+    in_force = plan.routing.model_dump(mode="json") == _routing_of(own.get(GATEWAY_APP))
+    if desired and not (in_force and _routes_without(first, plan.routing) == plan.routing.routes):
         actions.append(SwitchRoutes(sentence=_switch(plan.routing)))
     last = tuple(name for name in stale if name not in first)
     if last:
@@ -233,8 +234,11 @@ def routing_for_now(plan: Plan, observed: Observed, removed: Sequence[str] = ())
     if in_force is None:
         return plan.routing.model_copy(update={"routes": ()})
     table = RoutingTable.model_validate(in_force)
-    kept = tuple(route for route in table.routes if not any(target.app in removed for target in route.targets))
-    return RoutingTable(settings=plan.routing.settings, routes=kept)
+    return RoutingTable(settings=plan.routing.settings, routes=_routes_without(removed, table))
+
+
+def _routes_without(removed: Sequence[str], table: RoutingTable) -> tuple[Route, ...]:
+    return tuple(route for route in table.routes if not any(target.app in removed for target in route.targets))
 
 
 def _removal_first(names: Sequence[str], stuck: Sequence[str]) -> str:

@@ -133,6 +133,13 @@ def test_without_room_the_old_version_goes_first_and_its_route_with_it(serve, ap
     assert serve.routes()[first:] == [[], [], ["smollm2-v2"]]
 
 
+def test_without_room_an_update_in_place_gets_its_route_back(serve, apply):
+    apply(plan(memory="1GiB"))
+    first = len(serve.bodies)
+    assert apply(plan(memory="1GiB", digest="other")) == ["remove_apps", "deploy_apps", "await_apps", "switch_routes"]
+    assert serve.routes()[first:] == [[], [], ["smollm2-v1"]]
+
+
 def test_a_version_that_does_not_start_is_taken_back_and_the_old_one_keeps_serving(serve, apply):
     apply(plan("v1"))
     before = serve.bodies[-1]

@@ -111,6 +111,7 @@ def test_a_failed_application_is_removed_and_tried_again():
         ("remove_apps", "smollm2-v1"),
         ("deploy_apps", "smollm2-v1"),
         ("await_apps", "smollm2-v1"),
+        ("switch_routes",),
     ]
 
 
