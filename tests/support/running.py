@@ -1,6 +1,7 @@
 """A cluster of its own for tests: tiny models behind the real command, on free ports, nothing left afterwards."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -86,6 +87,7 @@ class Cluster:
         done = self.manta("down", str(self.config))
         assert done.returncode == 0, done.stdout + done.stderr
         assert not self.leftovers(), self.leftovers()
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
 
     def status(self) -> dict[str, Any]:
         """``manta status --json``."""
