@@ -175,11 +175,12 @@ def _with_stages(
 
 
 def _auto_threads(model: ModelConfig, nodes: Sequence[NodePlan], num_stages: int) -> int:
-    """The smallest node's cores, shared by the stages that stand on one node; at least one."""
-    num_nodes = sum(node.max for node in nodes)
+    """The cores of the smallest node that can hold a stage, shared by the stages on one node; at least one."""
+    roomy = [node for node in nodes if node.resources["CPU"] >= max(1.0, model.resources.stage_cpus)] or nodes
+    num_nodes = sum(node.max for node in roomy)
     apart = model.pipeline.placement in ("SPREAD", "STRICT_SPREAD")
     stages_on_a_node = -(-num_stages // num_nodes) if apart else num_stages
-    cores = min(node.resources["CPU"] for node in nodes)
+    cores = min(node.resources["CPU"] for node in roomy)
     return max(1, int(cores // stages_on_a_node))
 
 
@@ -211,8 +212,8 @@ def _notes(
     notes = []
     if not surge:
         notes.append(
-            "no room for one more replica of the largest model: an update stops the old version before the new one "
-            "starts, and requests wait meanwhile"
+            "no room for the old and the new version of a model at once: an update stops the old version before "
+            "the new one starts, and requests wait meanwhile"
         )
     notes.extend(
         f"{args.model}: replicas.max {args.replicas.max} does not fit the nodes beside the other models; "

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cluster.errors import PlanError
-from cluster.plan.placement import Amounts, Gang, all_fit, dominant_share, fits_one, replica_gang, totals
+from cluster.plan.placement import Amounts, Gang, all_fit, fits_one, replica_gang, totals
 from cluster.plan.types import GatewayAppArgs, ModelAppArgs, NodePlan, StagePlan
 from cluster.units import format_bytes
 
@@ -39,13 +39,12 @@ def check_capacity(apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes:
 
 
 def can_surge(apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes: Sequence[NodePlan]) -> bool:
-    """Whether one more replica of the largest model fits, so that a new version can start before the old one goes."""
-    if not apps:
-        return True
-    offer = _offer(nodes)
-    gangs = [replica_gang(args) for args in apps]
-    largest = max(gangs, key=lambda gang: dominant_share(totals(gang.bundles), offer))
-    return all_fit([*_at_minimum(apps, gateway), largest], nodes)
+    """Whether a new version of any one model, with all its minimum of replicas, fits beside everything else.
+
+    Serve calls a version running when all of them are, so room for only some would keep the old version for ever.
+    """
+    at_minimum = _at_minimum(apps, gateway)
+    return all(all_fit([*at_minimum, *[replica_gang(args)] * max(1, args.replicas.min)], nodes) for args in apps)
 
 
 def maximum_fits(

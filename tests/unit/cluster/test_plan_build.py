@@ -72,6 +72,20 @@ def test_auto_threads_share_the_cores_of_the_node(stages, cpus, threads):
     assert plan.models[0].args.threads_per_stage == threads
 
 
+def test_auto_threads_ignore_a_head_node_that_offers_no_core():
+    nodes = "    - {name: head, resources: {CPU: 0}}\n    - {name: worker, resources: {CPU: 16}, max: 2}\n"
+    existing = "{kind: existing, dashboard: 'http://ray.example:8265'}"
+    plan = build_plan(config(SMOLLM2, nodes, existing), {"smollm2": known()}, "d")
+    assert plan.models[0].args.threads_per_stage == 8
+
+
+@pytest.mark.parametrize(("memory", "surge"), [("2200MiB", False), ("2900MiB", True)])
+def test_an_update_needs_room_for_the_minimum_of_replicas_of_the_new_version(memory, surge):
+    two = SMOLLM2.replace("min: 1", "min: 2")  # 709 MiB each
+    nodes = f"    - {{name: box, resources: {{CPU: 2, memory: {memory}}}}}\n"
+    assert build_plan(config(two, nodes), {"smollm2": known()}, "d").surge is surge
+
+
 def test_a_context_beyond_the_model_is_refused_with_both_numbers():
     with pytest.raises(PlanError, match=r"context_tokens: 9000 tokens, but LlamaForCausalLM was trained for 8192"):
         build_plan(config(SMOLLM2 + "    context_tokens: 9000\n"), {"smollm2": known()}, "d")
@@ -87,7 +101,7 @@ def test_a_maximum_that_does_not_fit_is_a_note_and_so_is_missing_room_for_an_upd
     plan = build_plan(config(SMOLLM2, tight), {"smollm2": known()}, "d")
     assert not plan.surge
     assert [note.split(":")[0] for note in plan.notes] == [
-        "no room for one more replica of the largest model",
+        "no room for the old and the new version of a model at once",
         "smollm2",
     ]
     assert build_plan(config(SMOLLM2, ONE_BOX), {"smollm2": known()}, "d").notes == ()
