@@ -176,6 +176,20 @@ def _cores_suffice(config: ClusterConfig, index: int) -> Iterator[Finding]:
         )
 
 
+def _stages_reserve_something(config: ClusterConfig, index: int) -> Iterator[Finding]:
+    """Ray refuses a bundle of nothing; the replica's own cores are in the first stage's bundle."""
+    resources, stages = config.models[index].resources, config.models[index].pipeline.stages
+    memory = resources.reserve_memory and all(group.resources.memory for group in config.cluster.nodes)
+    if resources.stage_cpus or resources.stage_gpus or memory or (stages == 1 and resources.replica_cpus):
+        return
+    yield Finding(
+        at=_at(index, "resources", "stage_cpus"),
+        message="leaves a stage that reserves nothing, which Ray cannot place",
+        limit="more than 0, where stages reserve neither GPU nor memory",
+        remedy="write a small amount such as 0.01; it is a reservation only",
+    )
+
+
 def _gpus_suffice(config: ClusterConfig, index: int) -> Iterator[Finding]:
     model = config.models[index]
     offered = sum(group.resources.GPU * group.max for group in config.cluster.nodes)
@@ -218,6 +232,7 @@ MODEL_RULES: tuple[ModelRule, ...] = (
     _cuda_has_gpus,
     _some_node_has_gpus,
     _cores_suffice,
+    _stages_reserve_something,
     _gpus_suffice,
     _spread_has_nodes,
 )

@@ -167,6 +167,22 @@ def _object_store_fits(config: ClusterConfig) -> Iterator[Finding]:
         )
 
 
+def _local_counts_whole(config: ClusterConfig) -> Iterator[Finding]:
+    """`ray start` takes whole numbers of both."""
+    if not isinstance(config.cluster.provider, LocalProvider):
+        return
+    resources = config.cluster.nodes[0].resources
+    for name in ("CPU", "GPU"):
+        amount: float = getattr(resources, name)
+        if amount % 1:
+            yield Finding(
+                at=("cluster", "nodes", 0, "resources", name),
+                message="is not a whole number",
+                limit="a whole number, with provider kind local",
+                remedy=f"write {max(1, int(amount))}",
+            )
+
+
 def _gateway_fits(config: ClusterConfig) -> Iterator[Finding]:
     largest = max(group.resources.CPU for group in config.cluster.nodes)
     if config.gateway.cpus > largest:
@@ -187,5 +203,6 @@ CONFIG_RULES: tuple[Callable[[ClusterConfig], Iterator[Finding]], ...] = (
     _ports_differ,
     _temp_dir_fits,
     _object_store_fits,
+    _local_counts_whole,
     _gateway_fits,
 )

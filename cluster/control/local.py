@@ -180,8 +180,8 @@ class LocalRay:
             "max-worker-port": 0,
             "temp-dir": self.temp_dir,
             "object-store-memory": self._provider.object_store,
-            "num-cpus": _whole(resources.CPU, "CPU"),
-            "num-gpus": _whole(resources.GPU, "GPU"),
+            "num-cpus": int(resources.CPU),
+            "num-gpus": int(resources.GPU),
             "resources": json.dumps(resources.custom),
         } | ({} if resources.memory is None else {"memory": resources.memory})
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
@@ -229,14 +229,6 @@ def ray_environment(current: Mapping[str, str], metric_ports: list[int]) -> dict
         "DASHBOARD_METRIC_PORT": str(metric_ports[0]),
         "AUTOSCALER_METRIC_PORT": str(metric_ports[1]),
     }
-
-
-def _whole(amount: float, name: str) -> int:
-    if amount != int(amount):
-        raise ControlError(
-            f"cluster.nodes: {name}: {amount:g}, but a local Ray counts whole ones; write {int(amount)}"
-        )
-    return int(amount)
 
 
 @contextmanager

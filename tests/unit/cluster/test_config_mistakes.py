@@ -269,6 +269,11 @@ MISTAKES = {
         "3.05 cores in all",
         "add nodes",
     ),
+    "half a core": m("CPU: 2", "CPU: 1.5", "cluster.nodes[0].resources.CPU", "not a whole number", "write 1"),
+    "half a GPU": m("CPU: 2", "CPU: 2, GPU: 0.5", "cluster.nodes[0].resources.GPU", "not a whole number", "write 1"),
+    "stage of nothing": in_model(
+        "resources: {stage_cpus: 0, reserve_memory: false} #!", "resources.stage_cpus", "reserves nothing", "0.01"
+    ),
     "spread over one node": in_model(
         "pipeline: {stages: 2, placement: STRICT_SPREAD} #!", "pipeline.placement", "node of its own", "SPREAD"
     ),
