@@ -5,6 +5,7 @@ line, the config or the plan is wrong. Errors are plain lines on standard error.
 """
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -61,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (`| head`) has enough
         return 0
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # not about a file: a bug, whose trace is wanted
+        place = f"{error.filename}: " if error.filename is not None else ""
+        sys.stderr.write(f"{place}{error.strerror}; check that storage exists, is writable, and has space\n")
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

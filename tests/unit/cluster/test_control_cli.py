@@ -88,6 +88,15 @@ def test_what_fails_is_status_1_in_one_line(yaml, capsys):
     assert "start it with `manta up" in lines[1]
 
 
+def test_storage_that_cannot_be_written_is_status_1_in_one_line(yaml, tmp_path, capsys):
+    (tmp_path / "storage").write_text("a file, where a directory should be")
+    for argv in (["up", str(yaml)], ["down", str(yaml)], ["models", "list", "--config", str(yaml)]):
+        assert main(argv) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(tmp_path / "storage") in line
+        assert "check that storage exists" in line
+
+
 def test_two_places_for_the_cluster_are_wrong_usage(yaml, capsys):
     assert main(["logs", "smollm2", str(yaml), "--dashboard", "http://127.0.0.1:1"]) == 2
     assert "give one of them" in capsys.readouterr().err
