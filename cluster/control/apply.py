@@ -15,7 +15,7 @@ from cluster.control.observe import observe
 from cluster.control.provider import Ray, ray_of
 from cluster.control.report import Report
 from cluster.control.state import exclusive, state_directory
-from cluster.control.versions import import_missing, known_versions
+from cluster.control.versions import finish_imports, import_missing, known_versions
 from cluster.control.wait import await_apps, await_gone
 from cluster.errors import ControlError
 from cluster.plan.build import build_plan
@@ -61,6 +61,7 @@ def up(config: ClusterConfig, report: Report, *, timeout_s: float) -> Applied:
     with exclusive(state_directory(config)):
         registry, digest = Registry(config.storage_root), code_digest()
         known = known_versions(config, registry)
+        finish_imports(config, registry, known)
         plan = build_plan(config, known, digest)
         ray = ray_of(config)
         actions = diff(plan, observe(ray.dashboard()))

@@ -10,7 +10,7 @@ from cluster.plan.types import KnownVersion
 from cluster.registry.facts import read_facts
 from cluster.registry.manifest import ModelVersion
 from cluster.registry.progress import Progress
-from cluster.registry.sources.importer import find_imported, import_source, path_sha256
+from cluster.registry.sources.importer import LATEST, find_imported, import_source, path_sha256
 from cluster.registry.store import Registry
 
 
@@ -18,6 +18,15 @@ def known_versions(config: ClusterConfig, registry: Registry) -> dict[str, Known
     """The versions that need no import. RegistryError when a ``registry://`` source names none that exists."""
     found = {model.name: _find(model, registry) for model in config.models}
     return {name: _known(registry, version) for name, version in found.items() if version is not None}
+
+
+def finish_imports(config: ClusterConfig, registry: Registry, known: Mapping[str, KnownVersion]) -> None:
+    """Point alias ``latest`` at every known version that it never pointed at: its import ended before that."""
+    for model in config.models:
+        if model.name in known and not isinstance(model.source, RegistrySource):
+            version = known[model.name].version
+            if all(move.version != version for move in registry.aliases.history(model.name, LATEST)):
+                registry.set_alias(model.name, LATEST, version, reason=f"import of {model.source}")
 
 
 def import_missing(
