@@ -14,6 +14,7 @@ import torch
 from deployments.messages import Sample, SamplingParams, SequenceStart
 
 _TOP_P_CANDIDATES = 256
+_COLDEST = torch.finfo(torch.float32).tiny  # colder is the same distribution, and zero in float32
 
 
 class SequenceSampler:
@@ -128,8 +129,10 @@ def choose(rows: Sequence[SequenceSampler], raw_RV: torch.Tensor) -> list[int]:
 
 def _draw(rows: list[SequenceSampler], logits_RV: torch.Tensor) -> torch.Tensor:
     device = logits_RV.device
-    temperature = torch.tensor([row.sampling.temperature for row in rows], device=device)
-    probs_RV = torch.softmax(logits_RV / temperature[:, None], dim=-1)
+    temperature = torch.tensor([max(row.sampling.temperature, _COLDEST) for row in rows], device=device)
+    # the best logit becomes zero first: divided by a temperature near zero it would overflow
+    relative_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)
+    probs_RV = torch.softmax(relative_RV / temperature[:, None], dim=-1)
     floors = [_floor(row.sampling, probs_RV[index]) for index, row in enumerate(rows)]
     if any(floor > 0.0 for floor in floors):
         floor_R1 = torch.tensor(floors, device=device)[:, None]

@@ -36,6 +36,12 @@ def test_greedy_takes_the_most_likely_token() -> None:
     assert draw(start(temperature=0.0), row) == int(row.argmax())
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-50])
+def test_the_colder_the_closer_to_greedy(temperature: float) -> None:
+    row = logits()[0] * 10
+    assert draw(start(temperature=temperature), row) == int(row.argmax())
+
+
 def test_draws_follow_the_distribution() -> None:
     row = logits()[0]
     counts = Counter(draw(start(seed=seed), row) for seed in range(4000))
