@@ -72,7 +72,11 @@ class PrefillSlice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeBatch:
-    """All sequences with exactly one new token, padded to the longest context."""
+    """All sequences with exactly one new token, padded to the longest context.
+
+    A row is padded with its own first slot: a masked value that is not finite still spoils the sum it is left out
+    of, so what one sequence overflowed must not stand in the row of another.
+    """
 
     rows_B: torch.Tensor
     slots_BS: torch.Tensor
@@ -153,10 +157,12 @@ def _context_slots(sequence: SequenceStep, cache: KVCache) -> torch.Tensor:
 
 
 def _pad(decoding: list[tuple[int, torch.Tensor]]) -> DecodeBatch:
-    lengths = [len(slots) for _, slots in decoding]
     device = decoding[0][1].device
+    lengths_B = torch.tensor([len(slots) for _, slots in decoding], device=device)
+    slots_BS = torch.nn.utils.rnn.pad_sequence([slots for _, slots in decoding], batch_first=True)
+    filled_BS = torch.arange(slots_BS.shape[1], device=device)[None, :] < lengths_B[:, None]
     return DecodeBatch(
         rows_B=torch.tensor([row for row, _ in decoding], device=device),
-        slots_BS=torch.nn.utils.rnn.pad_sequence([slots for _, slots in decoding], batch_first=True),
-        lengths_B=torch.tensor(lengths, device=device),
+        slots_BS=torch.where(filled_BS, slots_BS, slots_BS[:, :1]),
+        lengths_B=lengths_B,
     )
