@@ -99,7 +99,7 @@ class Channel:
         try:
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_connection(host, int(port), limit=_SOCKET_BUFFER_BYTES)
-                await _prove(reader, writer, secret, role=b"connector")
+                await _prove_or_close(reader, writer, secret, role=b"connector")
         except TimeoutError as error:
             raise ChannelTimeout(f"{address} did not answer within {timeout_s:g} s") from error
         except (OSError, asyncio.IncompleteReadError) as error:
@@ -216,9 +216,8 @@ class Listener:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                await _prove(reader, writer, self.secret, role=b"listener")
+                await _prove_or_close(reader, writer, self.secret, role=b"listener")
         except (TimeoutError, OSError, asyncio.IncompleteReadError, ChannelRefused):
-            writer.close()
             return
         channel = Channel(reader, writer)
         try:
@@ -235,6 +234,17 @@ class Listener:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+async def _prove_or_close(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes, role: bytes
+) -> None:
+    """The handshake; a connection on which it fails, or is cut short, is closed."""
+    try:
+        await _prove(reader, writer, secret, role)
+    except BaseException:
+        writer.close()
+        raise
+
+
 async def _prove(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes, role: bytes) -> None:
     other = b"listener" if role == b"connector" else b"connector"
     own_nonce = secrets.token_bytes(_NONCE_BYTES)
@@ -243,5 +253,4 @@ async def _prove(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sec
     writer.write(hmac.digest(secret, role + peer_nonce + own_nonce, "sha256"))
     proof = await reader.readexactly(32)
     if not hmac.compare_digest(proof, hmac.digest(secret, other + own_nonce + peer_nonce, "sha256")):
-        writer.close()
         raise ChannelRefused("the peer does not know the channel's secret")

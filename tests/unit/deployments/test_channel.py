@@ -74,6 +74,35 @@ async def test_the_wrong_secret_is_turned_away_and_disturbs_nobody() -> None:
         assert (await right.receive(5))[0] == Cancel(request_id="still here")
 
 
+async def test_a_handshake_that_fails_leaves_no_connection_open() -> None:
+    left = asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()  # until the connector closes
+        left.set()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1")
+    host, port = server.sockets[0].getsockname()
+    with pytest.raises(ChannelTimeout, match="did not answer"):
+        await Channel.connect(f"{host}:{port}", SECRET, timeout_s=0.05)
+    await asyncio.wait_for(left.wait(), 5)
+    server.close()
+
+
+async def test_a_listener_that_stops_ends_the_handshakes_under_way() -> None:
+    async def hold(channel: Channel) -> None:
+        await channel.receive()
+
+    listener = Listener(hold, SECRET)
+    host, port = (await listener.start("127.0.0.1")).split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    await reader.readexactly(16)
+    await listener.stop()
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+
+
 async def test_a_peer_that_dies_is_closed_at_once() -> None:
     async with pair() as (left, right):
         waiting = asyncio.create_task(left.receive())
