@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_STOP_CHARACTERS = 1024
 MAX_INPUTS = 2048
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
@@ -153,12 +154,8 @@ _INPUTS_SCHEMA = {
         {"type": "array", "minItems": 1, "maxItems": MAX_INPUTS, "items": _TOKEN_IDS_SCHEMA},
     ]
 }
-_STOP_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "string", "minLength": 1}},
-    ]
-}
+_STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_STOP_SCHEMA = {"anyOf": [_STOP_STRING_SCHEMA, {"type": "array", "items": _STOP_STRING_SCHEMA}]}
 _BIASES_SCHEMA = {
     "type": "object",
     "maxProperties": MAX_LOGIT_BIASES,
@@ -169,9 +166,10 @@ _BIASES_SCHEMA = {
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Inputs = Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_check_inputs), WithJsonSchema(_INPUTS_SCHEMA)]
 LogitBias = Annotated[dict[int, float], PlainValidator(_check_biases), WithJsonSchema(_BIASES_SCHEMA)]
-NonEmptyText = Annotated[str, Field(min_length=1)]
+# Every choice carries its own copies of them to every stage.
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[
-    list[NonEmptyText], Field(fail_fast=True), BeforeValidator(_one_to_list), WithJsonSchema(_STOP_SCHEMA)
+    list[StopString], Field(fail_fast=True), BeforeValidator(_one_to_list), WithJsonSchema(_STOP_SCHEMA)
 ]
 
 

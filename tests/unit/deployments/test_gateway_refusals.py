@@ -137,6 +137,7 @@ FIELDS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"stop": ["a", ""]}, 400, "stop[1]", "empty_string"),
     (CHAT, {"stop": 5}, 400, "stop", "invalid_type"),
     (CHAT, {"stop": ["a", 5]}, 400, "stop[1]", "invalid_type"),
+    (CHAT, {"stop": "x" * 1025}, 400, "stop[0]", "string_above_max_length"),
     (CHAT, {"stop": [str(i) for i in range(1000)]}, 400, "stop", "array_above_max_length"),
     (CHAT, {"stop_token_ids": [-1]}, 400, "stop_token_ids[0]", "below_min_value"),
     (CHAT, {"stop_token_ids": 5}, 400, "stop_token_ids", "invalid_type"),
