@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from fastapi import FastAPI, Request
 from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cluster.plan.types import Route, Task
@@ -29,7 +30,7 @@ from deployments.gateway.body import parse_json, read_limited
 from deployments.gateway.call import Call
 from deployments.gateway.chunks import ChunkEncoder
 from deployments.gateway.collect import Collector, Dialect, Identity
-from deployments.gateway.errors import ApiError
+from deployments.gateway.errors import ApiError, ClientGone
 from deployments.gateway.invalid import validate
 from deployments.gateway.merge import MergedStreams
 from deployments.gateway.openai import (
@@ -153,8 +154,11 @@ class Endpoints:
     ) -> tuple[Call, AnyRequest, Route]:
         """The checked body, and the route of the model it names."""
         call: Call = request.state.call
-        async with asyncio.timeout_at(call.deadline):
-            raw = await read_limited(request.headers, request.stream(), call.settings.max_body_bytes)
+        try:
+            async with asyncio.timeout_at(call.deadline):
+                raw = await read_limited(request.headers, request.stream(), call.settings.max_body_bytes)
+        except ClientDisconnect as error:
+            raise ClientGone from error
         body = validate(kind, parse_json(raw))
         route = find_route(self._backend, body.model, task)
         call.model = route.model

@@ -41,6 +41,20 @@ class Recorder:
         return [name for name, _ in self.seen]
 
 
+async def test_a_client_that_leaves_during_its_upload_is_no_failure_of_the_server() -> None:
+    recorder = Recorder()
+    async with serving(create_app(FakeBackend(), recorder)) as (host, port):
+        _, writer = await asyncio.open_connection(host, port)
+        writer.write(f'POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100\r\n\r\n{{"model":'.encode())
+        while "started" not in recorder.names:
+            await asyncio.sleep(0.01)
+        writer.close()
+        while len(recorder.seen) < 2:
+            await asyncio.sleep(0.01)
+    assert recorder.seen[1][0] == "finished"
+    assert recorder.seen[1][1]["status"] == 499
+
+
 @pytest.mark.parametrize("announced", [True, False])
 async def test_a_body_of_ten_megabytes_is_refused_over_a_socket(announced: bool) -> None:
     body = json.dumps(BODY | {"prompt": "x" * 10_000_000}).encode()
