@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -93,7 +93,8 @@ class LocalRay:
             assert state.pid is not None
             self._delete_applications(state, say)
             say(f"Stopping Ray (pid {state.pid}).")
-            processes.end([psutil.Process(state.pid)], patience_s=_STOP_TIMEOUT_S)
+            with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
+                processes.end([psutil.Process(state.pid)], patience_s=_STOP_TIMEOUT_S)
         self._end_leftovers(say)
         return True
 
@@ -118,7 +119,7 @@ class LocalRay:
         """End what an earlier start left behind, and forget it."""
         state = read_state(self.directory)
         directory = self.temp_dir if state is None else Path(state.temp_dir)
-        found = processes.writers_under(directory)
+        found = processes.session_writers(directory, None if state is None else state.pid)
         if state is None:
             if found:
                 raise ControlError(

@@ -12,15 +12,25 @@ from pathlib import Path
 import psutil
 
 
-def writers_under(directory: Path) -> list[psutil.Process]:
-    """Other processes of this user that hold a file under ``directory`` open for writing."""
-    root = f"{os.path.realpath(directory)}/"
-    return [process for process in psutil.process_iter() if process.pid != os.getpid() and _writes_to(process, root)]
+def session_writers(temp_dir: Path, pid: int | None = None) -> list[psutil.Process]:
+    """Processes of the Ray sessions under ``temp_dir``; of the one that process ``pid`` began, where it is given.
+
+    Ray names a session after the process of ``ray start``: ``session_<time>_<pid>``.
+    """
+    return writers_under(*temp_dir.glob(f"session_[0-9]*_{'*' if pid is None else pid}"))
 
 
-def _writes_to(process: psutil.Process, root: str) -> bool:
+def writers_under(*directories: Path) -> list[psutil.Process]:
+    """Other processes of this user that hold a file under one of ``directories`` open for writing."""
+    roots = tuple(f"{os.path.realpath(directory)}/" for directory in directories)
+    if not roots:
+        return []
+    return [process for process in psutil.process_iter() if process.pid != os.getpid() and _writes_to(process, roots)]
+
+
+def _writes_to(process: psutil.Process, roots: tuple[str, ...]) -> bool:
     try:
-        return any(file.path.startswith(root) and getattr(file, "mode", "w") != "r" for file in process.open_files())
+        return any(file.path.startswith(roots) and getattr(file, "mode", "w") != "r" for file in process.open_files())
     except (psutil.Error, OSError):
         return False  # gone meanwhile, or of another user
 

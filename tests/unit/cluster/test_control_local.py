@@ -96,6 +96,13 @@ STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WR
 READER = WRITER.replace("'a'", "'r'")
 
 
+def session_log(temp_dir: Path, pid: int) -> Path:
+    """A log of the Ray session that process ``pid`` began."""
+    logs = temp_dir / f"session_2026-01-01_00-00-00_000000_{pid}" / "logs"
+    logs.mkdir(parents=True)
+    return logs / "raylet.out"
+
+
 @pytest.fixture
 def start(tmp_path):
     """Start Python code with a file as its argument; all are ended afterwards."""
@@ -139,16 +146,18 @@ def test_stopping_what_was_never_started_is_fine(tmp_path):
 
 def test_a_stale_state_is_cleaned_up_with_what_it_left_behind(tmp_path, start):
     ray = LocalRay(local(tmp_path))
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "log").write_text("")
+    log = session_log(tmp_path / "ray", os.getpid())
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
-    pid = start(WRITER, tmp_path / "ray" / "log")
+    pid = start(WRITER, log)
+    another_ray = start(WRITER, session_log(tmp_path / "ray", 1))
+    editor = start(WRITER, tmp_path / "ray" / "notes")
     write_state(ray.directory, state(started_at=1.0, temp_dir=str(tmp_path / "ray")))
     assert ray.running() is None
     assert ray.stop(lambda _: None)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert read_state(ray.directory) is None
     assert not (tmp_path / "ray" / "ray_current_cluster").exists()
+    assert all(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in (another_ray, editor))
 
 
 def test_an_interrupted_start_leaves_a_state_that_down_and_up_understand(tmp_path):
@@ -160,9 +169,7 @@ def test_an_interrupted_start_leaves_a_state_that_down_and_up_understand(tmp_pat
 
 
 def test_a_directory_that_somebody_else_writes_to_is_refused_not_cleaned(tmp_path, start):
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "log").write_text("")
-    pid = start(WRITER, tmp_path / "ray" / "log")
+    pid = start(WRITER, session_log(tmp_path / "ray", 1))
     with pytest.raises(ControlError, match=rf"cluster\.provider\.temp_dir: process {pid} .*did not start"):
         LocalRay(local(tmp_path)).start(lambda _: None)
     assert psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
