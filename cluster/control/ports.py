@@ -1,5 +1,6 @@
 """Ports of this machine: is one free, and which one is."""
 
+import errno
 import socket
 
 from cluster.errors import ControlError
@@ -7,20 +8,31 @@ from cluster.errors import ControlError
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
     """Whether a server could listen on ``host:port`` now."""
+    return _refusal(port, host) is None
+
+
+def require_free(port: int, key: str, host: str = "127.0.0.1") -> None:
+    """Raise ControlError, with the key to change and the reason, unless a server could listen on ``host:port``."""
+    refusal = _refusal(port, host)
+    if refusal is None:
+        return
+    if refusal.errno == errno.EADDRINUSE:
+        raise ControlError(f"{key}: port {port} on {host} is taken by another process; write another port there")
+    raise ControlError(
+        f"{key}: nothing can listen on port {port} of {host} here ({refusal.strerror}); "
+        "write a port of 1024 or more, and an address of this machine"
+    )
+
+
+def _refusal(port: int, host: str) -> OSError | None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def require_free(port: int, key: str, host: str = "127.0.0.1") -> None:
-    """Raise ControlError, naming the port and the config key to change, unless ``host:port`` is free."""
-    if not is_free(port, host):
-        raise ControlError(f"{key}: port {port} on {host} is taken by another process; write another port there")
+        except OSError as error:
+            return error
+    return None
 
 
 def unused_ports(count: int) -> list[int]:

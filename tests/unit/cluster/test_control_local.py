@@ -91,6 +91,11 @@ def test_a_taken_port_is_named_with_the_key_to_change():
     assert len(set(unused_ports(5))) == 5
 
 
+def test_an_address_of_another_machine_is_not_called_a_taken_port():
+    with pytest.raises(ControlError, match=r"gateway\.http\.port: nothing can listen .* of 192\.0\.2\.1 .*assign"):
+        require_free(8000, "gateway.http.port", "192.0.2.1")
+
+
 WRITER = "import sys, time; file = open(sys.argv[1], 'a'); print('open', flush=True); time.sleep(600)"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WRITER
 READER = WRITER.replace("'a'", "'r'")
