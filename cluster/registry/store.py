@@ -1,9 +1,9 @@
 """The store: a directory goes in as immutable blobs and one manifest, and a version comes out, named and listed.
 
-    <storage>/registry/blobs/sha256/<aa>/<digest> <storage>/registry/models/<name>/versions/<vN>/manifest.json
-    written last: the commit <storage>/registry/models/<name>/versions/<vN>/reused-at         a publisher found its
-    bytes here (seconds) <storage>/registry/models/<name>/versions/<vN>/deleted.json      the manifest of a version
-    that GC removed: keeps its number
+    <storage>/registry/blobs/sha256/<aa>/<digest>
+    <storage>/registry/models/<name>/versions/<vN>/manifest.json    written last: the commit
+    <storage>/registry/models/<name>/versions/<vN>/reused-at        a publisher found its bytes here (seconds)
+    <storage>/registry/models/<name>/versions/<vN>/deleted.json     manifest of a version GC removed: keeps its number
 
 Until its manifest exists a version does not exist, so an interrupted publish leaves nothing that can be loaded, only
 blobs for GC. A version's number is never given twice.
