@@ -9,7 +9,7 @@ Where the plan has no room for both at once, the old one goes first.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.errors import PlanError
 from cluster.plan.serve_app import GATEWAY_APP, GATEWAY_DEPLOYMENT, ServeApp, gateway_app, is_own, model_apps
@@ -216,12 +216,13 @@ def _in_the_way(stale: Sequence[str], changed: Sequence[str], own: Mapping[str, 
     return [*stale, *(name for name in models if name in own)] if models else []
 
 
-def _routing_of(gateway: ObservedApp | None) -> object:
+def _routing_of(gateway: ObservedApp | None) -> dict[str, Any] | None:
     if gateway is None:
         return None
     for deployment in gateway.config.get("deployments", []):
         if deployment.get("name") == GATEWAY_DEPLOYMENT:
-            return deployment.get("user_config")
+            in_force: dict[str, Any] | None = deployment.get("user_config")
+            return in_force
     return None
 
 
@@ -230,11 +231,10 @@ def routing_for_now(plan: Plan, observed: Observed, removed: Sequence[str] = ())
 
     Limits are the plan's at once; a gateway that is new begins without routes.
     """
-    in_force = _routing_of(observed.own.get(GATEWAY_APP))
-    if in_force is None:
-        return plan.routing.model_copy(update={"routes": ()})
-    table = RoutingTable.model_validate(in_force)
-    return RoutingTable(settings=plan.routing.settings, routes=_routes_without(removed, table))
+    in_force = _routing_of(observed.own.get(GATEWAY_APP)) or {}
+    settings = plan.routing.settings  # those in force may be of another release, with other limits
+    table = RoutingTable.model_validate({"settings": settings, "routes": in_force.get("routes", ())})
+    return RoutingTable(settings=settings, routes=_routes_without(removed, table))
 
 
 def _routes_without(removed: Sequence[str], table: RoutingTable) -> tuple[Route, ...]:

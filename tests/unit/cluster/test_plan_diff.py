@@ -167,5 +167,11 @@ def test_a_new_gateway_begins_without_routes_and_a_running_one_keeps_them():
     assert routing_for_now(plan("v2"), running(plan("v1")), removed=["smollm2-v1"]).routes == ()
 
 
+def test_routes_are_kept_from_a_gateway_of_another_release_with_other_limits():
+    observed = running(plan("v1"))
+    del observed.apps["gateway"].config["deployments"][0]["user_config"]["settings"]["max_choices"]
+    assert routing_for_now(plan("v2", digest="newer"), observed) == plan("v1").routing
+
+
 def test_names_are_joined_as_people_do():
     assert [join([]), join(["a"]), join(["a", "b"]), join(["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
