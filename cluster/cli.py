@@ -8,6 +8,7 @@ import argparse
 import errno
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -179,8 +180,16 @@ def _up(args: argparse.Namespace) -> int:
         )
     else:
         _print(f"Up after {time.monotonic() - began:.1f} s." if changed else Nothing().sentence)
-        _print(next_steps(config, applied.plan, applied.dashboard_url, answers, str(args.config)))
+        _print(next_steps(config, applied.plan, applied.dashboard_url, answers, str(args.config), own_command()))
     return 0
+
+
+def own_command() -> str:
+    """How to call this command again: ``manta`` where the shell finds this one so, else its path (`make up`)."""
+    found = shutil.which("manta")
+    if found is not None and os.path.realpath(found) == os.path.realpath(sys.argv[0]):
+        return "manta"
+    return sys.argv[0] if Path(sys.argv[0]).name == "manta" else f"{sys.executable} -m cluster"
 
 
 def _status(args: argparse.Namespace) -> int:

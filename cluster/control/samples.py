@@ -66,25 +66,33 @@ def _ask(gateway: Gateway, model: ModelPlan) -> Answer:
 
 
 def next_steps(
-    config: ClusterConfig, plan: Plan, dashboard_url: str, answers: Sequence[Answer], config_path: str
+    config: ClusterConfig,
+    plan: Plan,
+    dashboard_url: str,
+    answers: Sequence[Answer],
+    config_path: str,
+    command: str = "manta",
 ) -> str:
-    """What a person wants after ``up``: the URLs, lines to copy, and the models' own words."""
+    """What a person wants after ``up``: the URLs, lines to copy, and the models' own words.
+
+    ``command`` is what this person's shell finds ``manta`` by.
+    """
     url = base_url(config)
     lines = [""]
     for answer in answers:
         lines += [f"{answer.model} was asked: {answer.question}", f"{answer.model} answered:  {answer.text}", ""]
-    lines += [f"Base URL    {url}/v1", f"Dashboard   {dashboard_url}", f"Stop        manta down {config_path}"]
+    lines += [f"Base URL    {url}/v1", f"Dashboard   {dashboard_url}", f"Stop        {command} down {config_path}"]
     for model in plan.models:
-        lines += ["", *_try_lines(url, model, config_path)]
+        lines += ["", *_try_lines(url, model, f"{command} chat {model.name} --config {config_path}")]
     return "\n".join(lines)
 
 
-def _try_lines(url: str, model: ModelPlan, config_path: str) -> list[str]:
+def _try_lines(url: str, model: ModelPlan, chat: str) -> list[str]:
     if model.task == "embed":
         body = f'{{"model": "{model.name}", "input": "Hello"}}'
         return [_curl(f"{url}/v1/embeddings", body)]
     body = f'{{"model": "{model.name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-    return [f"manta chat {model.name} --config {config_path}", _curl(f"{url}/v1/chat/completions", body)]
+    return [chat, _curl(f"{url}/v1/chat/completions", body)]
 
 
 def _curl(url: str, body: str) -> str:

@@ -141,6 +141,7 @@ def test_each_model_is_asked_in_its_own_way_and_the_answers_are_shown():
         "manta down quick.yaml",
     ):
         assert part in text
+    assert ".venv/bin/manta down q.yaml" in next_steps(config(), both(), "", (), "q.yaml", ".venv/bin/manta")
 
 
 @pytest.mark.parametrize(

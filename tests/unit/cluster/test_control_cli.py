@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import main
+from cluster.cli import main, own_command
 from cluster.control.ports import unused_ports
 from tests.unit.cluster.plan_examples import SMOLLM2
 
@@ -100,6 +100,20 @@ def test_storage_that_cannot_be_written_is_status_1_in_one_line(yaml, tmp_path, 
 def test_two_places_for_the_cluster_are_wrong_usage(yaml, capsys):
     assert main(["logs", "smollm2", str(yaml), "--dashboard", "http://127.0.0.1:1"]) == 2
     assert "give one of them" in capsys.readouterr().err
+
+
+def test_lines_to_copy_call_the_command_that_was_called(tmp_path, monkeypatch):
+    script = tmp_path / "bin" / "manta"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert own_command() == str(script)
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert own_command() == "manta"
+    monkeypatch.setattr(sys, "argv", ["cluster/__main__.py"])
+    assert own_command() == f"{sys.executable} -m cluster"
 
 
 def test_the_schema_is_json(capsys):
