@@ -55,9 +55,11 @@ class TextTokenizer:
     """A model's tokenizer: encodes prompts, spells tokens, and knows which tokens end a text.
 
     ``tokenizer`` is a transformers tokenizer with a ``tokenizers`` backend; ValueError for one without.
+    ``num_embeddings`` is how many token ids the model reads; a tokenizer may know more (Gemma 3's names an image),
+    and a prompt with one of those is refused, because no stage survives it.
     """
 
-    def __init__(self, tokenizer: Any, eos_token_ids: Iterable[int]) -> None:
+    def __init__(self, tokenizer: Any, eos_token_ids: Iterable[int], *, num_embeddings: int | None = None) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ValueError(
@@ -68,7 +70,8 @@ class TextTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.eos_token_ids = tuple(eos_token_ids)
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        num_known = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = num_known if num_embeddings is None else min(num_known, num_embeddings)
         self._tokenizer = tokenizer
         self._backend = backend
         self._spelling = _spelling(json.loads(backend.to_str()).get("decoder"))
@@ -79,11 +82,12 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> "TextTokenizer":
-        """Read tokenizer and end tokens of the checkpoint in ``directory``."""
+        """Read tokenizer, end tokens and number of embeddings of the checkpoint in ``directory``."""
         from transformers import AutoTokenizer  # noqa: PLC0415 - heavy; only who loads a tokenizer pays for it
 
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        return cls(tokenizer, read_eos_token_ids(directory, tokenizer.eos_token_id))
+        eos_token_ids = read_eos_token_ids(directory, tokenizer.eos_token_id)
+        return cls(tokenizer, eos_token_ids, num_embeddings=_read_num_embeddings(directory))
 
     def encode(self, prompt: Prompt, *, request_id: str, context_tokens: int) -> list[int]:
         """Token ids of a prompt, at least one; raises RequestRefused. Safe to call from several threads.
@@ -127,6 +131,7 @@ class TextTokenizer:
             raise _refusal(request_id, "invalid_request", f"{message}; send valid Unicode", param) from error
         self._check_size(text, request_id, context_tokens, param)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        self._check_known(ids, request_id, param)
         return ids
 
     def _check_size(self, text: str, request_id: str, context_tokens: int, param: str) -> None:
@@ -165,10 +170,11 @@ class TextTokenizer:
         return encoded
 
     def _check_known(self, token_ids: Sequence[int], request_id: str, param: str) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self.vocab_size:
-                message = f"token id {token_id} is not in the vocabulary; allowed: 0 to {self.vocab_size - 1}"
-                raise _refusal(request_id, "invalid_request", message, param)
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            return
+        unknown = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
+        message = f"token id {unknown} is not in the vocabulary; allowed: 0 to {self.vocab_size - 1}"
+        raise _refusal(request_id, "invalid_request", message, param)
 
     def _render(self, prompt: ChatPrompt, request_id: str) -> str:
         if not getattr(self._tokenizer, "chat_template", None):
@@ -339,6 +345,13 @@ def read_eos_token_ids(directory: Path, tokenizer_eos: int | None) -> tuple[int,
         if eos is not None:
             return (eos,) if isinstance(eos, int) else tuple(eos)
     return () if tokenizer_eos is None else (tokenizer_eos,)
+
+
+def _read_num_embeddings(directory: Path) -> int | None:
+    path = directory / "config.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    size: int | None = content.get("vocab_size", content.get("text_config", {}).get("vocab_size"))
+    return size
 
 
 def prompt_param(prompt: Prompt) -> str:

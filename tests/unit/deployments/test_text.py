@@ -216,6 +216,20 @@ def test_end_tokens_have_the_precedence_of_generate(tmp_path, files, tokenizer_e
     assert read_eos_token_ids(tmp_path, tokenizer_eos) == expected
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_ids_that_the_model_cannot_read_are_refused_however_they_come(tmp_path, nested):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    tag_id = len(tokenizer) - 1
+    size = {"vocab_size": tag_id}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": size} if nested else size))
+    loaded = TextTokenizer.load(tmp_path)
+    assert loaded.vocab_size == tag_id
+    for prompt in (TokenPrompt(token_ids=(5, tag_id)), TextPrompt(text="a <|tag \u4e16|>")):
+        with pytest.raises(RequestRefused, match=f"token id {tag_id} is not in the vocabulary"):
+            loaded.encode(prompt, request_id="r", context_tokens=64)
+
+
 def test_a_saved_tokenizer_loads_and_is_never_truncated(tmp_path):
     tokenizer = byte_level_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(4)
