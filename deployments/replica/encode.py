@@ -9,6 +9,7 @@ from deployments.messages import ChatPrompt, Prompt, TextPrompt
 from deployments.replica.text import TextTokenizer
 
 _INLINE_CHARACTERS = 4096  # a few milliseconds of tokenizing; more would hold up the streams
+_MESSAGE_CHARACTERS = 32  # rendering a message of a conversation costs about as much, however short it is
 _Result = TypeVar("_Result")
 
 
@@ -31,9 +32,8 @@ class PromptEncoder:
         self, inputs: tuple[str | tuple[int, ...], ...], request_id: str
     ) -> list[tuple[int, ...]]:
         """Token ids of each input of an embedding request; raises RequestRefused."""
-        num_characters = sum(len(text) for text in inputs if isinstance(text, str))
         return await self._run(
-            num_characters,
+            sum(len(item) for item in inputs),
             lambda: self._tokenizer.encode_inputs(inputs, request_id=request_id, context_tokens=self._context_tokens),
         )
 
@@ -48,8 +48,9 @@ class PromptEncoder:
 
 
 def _num_characters(prompt: Prompt) -> int:
+    """About how much work a prompt is; looking at a token id is at most that of a character."""
     if isinstance(prompt, TextPrompt):
         return len(prompt.text)
     if isinstance(prompt, ChatPrompt):
-        return sum(len(str(message.get("content", ""))) for message in prompt.messages)
-    return 0
+        return sum(_MESSAGE_CHARACTERS + len(str(message.get("content", ""))) for message in prompt.messages)
+    return len(prompt.token_ids)
