@@ -20,8 +20,8 @@ from cluster.config.load import load_config
 from cluster.config.schema import ClusterConfig
 from cluster.config.sources import RegistrySource
 from cluster.control.code import code_digest
-from cluster.control.dashboard import Dashboard
 from cluster.control.observe import cluster_status
+from cluster.control.provider import ray_of
 from cluster.errors import UsageError
 from cluster.registry.alias import AliasMove
 from cluster.registry.gc import GRACE_S, collect, pin, pins, unpin
@@ -233,15 +233,8 @@ def _gc(registry: Registry, config: ClusterConfig | None, args: argparse.Namespa
 
 
 def _running(registry: Registry, config: ClusterConfig) -> set[str]:
-    """What ``config`` serves now or names by ``registry://``, as references."""
-    provider = config.cluster.provider
-    url = provider.dashboard if provider.kind == "existing" else f"http://127.0.0.1:{provider.dashboard_port}"
-    dashboard = Dashboard.with_token_from_environment(url)
-    status = cluster_status(config.name, dashboard if dashboard.is_up() else None)
-    if provider.kind == "existing" and status.ray != "running":
-        raise UsageError(
-            f"no Ray dashboard answers at {url}, so what runs there is unknown; use --storage and --running"
-        )
+    """What ``config`` serves now or names by ``registry://``, as references; ControlError where that is not known."""
+    status = cluster_status(config.name, ray_of(config).dashboard())
     served = {model.name: [version.version for version in model.versions] for model in status.models}
     references = {f"{name}@{version}" for name, versions in served.items() for version in versions}
     for model in config.models:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster import cli_models
-from cluster.errors import AliasConflict, RegistryError, UsageError
+from cluster.config.load import load_config
+from cluster.control.state import LocalState, state_directory, write_state
+from cluster.errors import AliasConflict, ControlError, RegistryError, UsageError
 from tests.support.tiny_checkpoint import write_checkpoint
 
 Manta = Callable[..., tuple[int, str]]
@@ -136,3 +139,18 @@ models:
         manta(f"import other --config {config}", storage=None)
     with pytest.raises(UsageError, match="belong to a SOURCE"):
         manta(f"import --config {config} --dtype float16", storage=None)
+
+
+def test_gc_removes_nothing_while_it_is_not_known_what_runs(manta: Manta, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"name: test\nstorage: {tmp_path}/storage\n"
+        "cluster:\n  nodes: [{name: box, resources: {CPU: 2}}]\n"
+        "models:\n  - {name: tiny, source: 'path:///none'}\n"
+    )
+    directory = state_directory(load_config(config))
+    process = psutil.Process()
+    started = {"pid": process.pid, "started_at": process.create_time()}
+    write_state(directory, LocalState(**started, temp_dir="/none", dashboard_url="http://127.0.0.1:1", settings={}))
+    with pytest.raises(ControlError, match="cannot change this while it runs"):
+        manta(f"gc --grace 0s --config {config}", storage=None)
