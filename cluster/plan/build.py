@@ -9,7 +9,7 @@ from cluster.config.models import ModelConfig
 from cluster.config.nodes import NodeGroup, UriCode
 from cluster.config.schema import ClusterConfig
 from cluster.errors import PlanError
-from cluster.plan.capacity import can_surge, check_capacity, maximum_fits, one_replica_fits
+from cluster.plan.capacity import can_surge, check_capacity, check_one_replica, maximum_fits, one_replica_fits
 from cluster.plan.memory import StepShape, activation_bytes, kv_bytes, weight_bytes
 from cluster.plan.partition import Range, cut_layers, explicit
 from cluster.plan.routing import gateway_settings, routing_table
@@ -99,10 +99,13 @@ def _app_args(
         args = _with_stages(model, version, storage, nodes, code_digest, ranges)
         if most == 1 or one_replica_fits(args, nodes):
             return args
-    raise PlanError(
-        f"{path}.stages: auto tried 1 to {most} stages, and none fits the nodes; "
-        "use a smaller kv_cache.tokens or batching.max_step_tokens, or nodes with more memory"
-    )
+    try:
+        check_one_replica(args, nodes)
+    except PlanError as error:
+        raise PlanError(
+            f"{path}.stages: auto tried 1 to {most} stages and none fits; with {most}, {error}"
+        ) from error
+    return args
 
 
 def _auto_can_split(model: ModelConfig, nodes: Sequence[NodePlan]) -> bool:

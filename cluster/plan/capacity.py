@@ -20,7 +20,7 @@ def check_capacity(apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes:
     Raises PlanError with the place, the number that breaks the limit, and what to change.
     """
     for args in apps:
-        _check_one_replica(args, nodes)
+        check_one_replica(args, nodes)
     gangs = _at_minimum(apps, gateway)
     if all_fit(gangs, nodes):
         return
@@ -68,7 +68,8 @@ def _offer(nodes: Sequence[NodePlan]) -> Amounts:
     return totals([{name: amount * node.max for name, amount in node.resources.items()} for node in nodes])
 
 
-def _check_one_replica(args: ModelAppArgs, nodes: Sequence[NodePlan]) -> None:
+def check_one_replica(args: ModelAppArgs, nodes: Sequence[NodePlan]) -> None:
+    """Refuse a model of which one replica, alone on the nodes, cannot be placed; PlanError names the number."""
     gang = replica_gang(args)
     for stage, bundle in zip(args.stages, gang.bundles, strict=True):
         if not any(fits_one(bundle, dict(node.resources)) for node in nodes):
