@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from deployments.channel import Channel, ChannelClosed, ChannelError
@@ -27,6 +27,9 @@ from deployments.messages import (
 Request = Generate | Embed | Tokenize | Detokenize
 Reply = Started | Delta | Finished | Embedded | Tokenized | Detokenized | Refused
 
+SILENCE_S = 15.0
+"""A replica tells its load about once a second; one that is silent for so long is lost, as its node may be."""
+
 IDLE = Load(num_running=0, num_waiting=0, num_waiting_tokens=0, kv_used_fraction=0.0, draining=False)
 
 
@@ -36,7 +39,7 @@ class ReplicaEndpoint:
 
     replica_id: str
     address: str
-    secret: bytes
+    secret: bytes = field(repr=False)
 
 
 class ReplicaLostError(Exception):
@@ -46,10 +49,11 @@ class ReplicaLostError(Exception):
 class ReplicaConnection:
     """Sends requests and hands each its replies; one reader task serves all."""
 
-    def __init__(self, endpoint: ReplicaEndpoint, channel: Channel) -> None:
+    def __init__(self, endpoint: ReplicaEndpoint, channel: Channel, silence_s: float) -> None:
         self.replica_id = endpoint.replica_id
         self.load = IDLE
         self._channel = channel
+        self._silence_s = silence_s
         self._replies: dict[str, asyncio.Queue[tuple[Reply, list[bytes]] | ChannelError]] = {}
         self._lost: ChannelError | None = None
         self._idle = asyncio.Event()
@@ -57,11 +61,11 @@ class ReplicaConnection:
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def open(cls, endpoint: ReplicaEndpoint) -> Self:
-        """Connect; raises a ChannelError when the replica is not there."""
+    async def open(cls, endpoint: ReplicaEndpoint, silence_s: float = SILENCE_S) -> Self:
+        """Connect; raises a ChannelError when the replica is not there. ``silence_s`` without a word loses it."""
         channel = await Channel.connect(endpoint.address, endpoint.secret)
         await channel.send(Opened(role="gateway"))
-        return cls(endpoint, channel)
+        return cls(endpoint, channel, silence_s)
 
     @property
     def is_lost(self) -> bool:
@@ -119,7 +123,7 @@ class ReplicaConnection:
     async def _read(self) -> None:
         try:
             while True:
-                message, buffers = await self._channel.receive()
+                message, buffers = await self._channel.receive(self._silence_s)
                 if isinstance(message, Load):
                     self.load = message
                 elif isinstance(message, Reply):

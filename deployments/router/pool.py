@@ -14,6 +14,7 @@ Discover = Callable[[], Awaitable[Sequence[ReplicaEndpoint]]]
 Wake = Callable[[], Awaitable[ReplicaEndpoint]]
 
 REFRESH_S = 1.0
+_RETRY_S = 0.1
 
 
 class ReplicaPool:
@@ -28,24 +29,36 @@ class ReplicaPool:
         self._wake = wake
         self._connections: dict[str, ReplicaConnection] = {}
         self._changing = asyncio.Lock()
+        self._search: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._refresh_forever())
 
     @property
     def num_replicas(self) -> int:
         """Replicas that can take requests now."""
-        return sum(not connection.is_lost for connection in self._connections.values())
+        return sum(
+            not connection.is_lost and not connection.load.draining for connection in self._connections.values()
+        )
 
     async def acquire(self, exclude: frozenset[str] = frozenset()) -> ReplicaConnection:
         """The least loaded replica outside ``exclude``; waits for one to appear when there is none."""
-        while True:
-            connection = self._choose(exclude)
-            if connection is not None:
-                return connection
-            if self._connections:
-                await asyncio.sleep(REFRESH_S / 10)
+        while (connection := self._choose(exclude)) is None:
+            if self._search is None or self._search.done():
+                self._search = asyncio.create_task(self._find())
+            await asyncio.wait((self._search,), timeout=REFRESH_S)
+        return connection
+
+    async def _find(self) -> None:
+        """Look for replicas once, on behalf of everybody who waits for one; fails quietly, they will ask again."""
+        try:
+            if self._connections:  # lost, draining, or tried already by whoever asks
+                await asyncio.sleep(_RETRY_S)
                 await self.refresh()
             else:
                 await self._add([await self._wake()])
+        except Exception as error:
+            logger.warning("no replica of %s could be found: %r", self.app, error)
+        if not self._connections:
+            await asyncio.sleep(_RETRY_S)
 
     def _choose(self, exclude: frozenset[str]) -> ReplicaConnection | None:
         usable = {
@@ -68,9 +81,8 @@ class ReplicaPool:
             lost = [replica for replica, connection in self._connections.items() if connection.is_lost]
             for replica in lost:
                 await self._connections.pop(replica).close()
-            for endpoint in endpoints:
-                if endpoint.replica_id not in self._connections:
-                    await self._connect(endpoint)
+            new = [endpoint for endpoint in endpoints if endpoint.replica_id not in self._connections]
+            await asyncio.gather(*(self._connect(endpoint) for endpoint in new))
 
     async def _connect(self, endpoint: ReplicaEndpoint) -> None:
         try:
@@ -94,8 +106,10 @@ class ReplicaPool:
         await self.close()
 
     async def close(self) -> None:
-        """Stop refreshing and close every connection."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        """Stop looking for replicas and close every connection."""
+        tasks = [task for task in (self._task, self._search) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for connection in self._connections.values():
             await connection.close()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cluster.plan.types import GatewaySettings, Route, RouteTarget, RoutingTable
-from deployments.channel import Channel, Listener
+from deployments.channel import Channel, ChannelClosed, Listener
 from deployments.messages import (
     Delta,
     Detokenize,
@@ -28,7 +28,7 @@ from deployments.messages import (
 )
 from deployments.replica.session import GatewaySession
 from deployments.router.choose import choose_replica, choose_target
-from deployments.router.connection import ReplicaEndpoint
+from deployments.router.connection import ReplicaConnection, ReplicaEndpoint, ReplicaLostError
 from deployments.router.pool import ReplicaPool
 from deployments.router.router import Router
 
@@ -226,6 +226,64 @@ async def test_a_request_waits_for_the_first_replica_until_its_deadline() -> Non
             await anext(router.generate("m", request(2, deadline_s=0.05)))
         await cluster.add("m-v1", SpeakingService("late"))
         assert await asyncio.wait_for(waiting, 5) == "late"
+
+
+async def test_those_who_wait_for_a_replica_search_together_and_survive_failures_of_the_search() -> None:
+    cluster = Cluster()
+    num_calls = 0
+
+    async def wake() -> ReplicaEndpoint:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise TimeoutError("the control plane is away")
+        await cluster.add("m-v1", SpeakingService("late"))
+        return cluster.endpoints["m-v1"]["late"]
+
+    async def discover() -> list[ReplicaEndpoint]:
+        raise ConnectionError("the control plane is away")
+
+    router = Router(table(m=[("m-v1", 1.0)]), lambda app: ReplicaPool(app, discover, wake))
+    texts = await asyncio.wait_for(asyncio.gather(*(text_of(router, number) for number in range(20))), 5)
+    assert texts == ["late"] * 20
+    assert num_calls == 2
+    await router.close()
+    await cluster.stop()
+
+
+async def test_a_replica_that_cannot_be_reached_is_not_asked_for_in_a_tight_loop() -> None:
+    num_calls = 0
+
+    async def wake() -> ReplicaEndpoint:
+        nonlocal num_calls
+        num_calls += 1
+        return ReplicaEndpoint(replica_id="gone", address="127.0.0.1:1", secret=b"s" * 32)
+
+    async def discover() -> list[ReplicaEndpoint]:
+        return []
+
+    router = Router(table(m=[("m-v1", 1.0)]), lambda app: ReplicaPool(app, discover, wake))
+    with pytest.raises(RequestRefused, match="no replica answered within"):
+        await anext(router.generate("m", request(1, deadline_s=0.3)))
+    assert 1 <= num_calls <= 4
+    await router.close()
+
+
+async def test_a_replica_that_falls_silent_is_lost() -> None:
+    async def say_nothing(channel: Channel) -> None:
+        with contextlib.suppress(ChannelClosed):
+            while True:
+                await channel.receive()
+
+    listener = Listener(say_nothing)
+    endpoint = ReplicaEndpoint(replica_id="mute", address=await listener.start("127.0.0.1"), secret=listener.secret)
+    connection = await ReplicaConnection.open(endpoint, silence_s=0.1)
+    with pytest.raises(ReplicaLostError, match="was silent"):
+        await asyncio.wait_for(anext(connection.replies(request(1))), 5)
+    assert connection.is_lost
+    assert "secret" not in repr(endpoint)
+    await connection.close()
+    await listener.stop()
 
 
 async def test_a_new_table_moves_new_requests_and_leaves_old_ones_where_they_are() -> None:
