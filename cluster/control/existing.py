@@ -5,14 +5,17 @@ from cluster.control.dashboard import Dashboard
 from cluster.control.local import Say
 from cluster.control.observe import observe
 from cluster.control.wait import await_gone
+from cluster.errors import ControlError
+from cluster.plan.diff import belongs_to_another
 
 _STOP_TIMEOUT_S = 180.0
 
 
 class ExistingRay:
-    """A cluster that runs already; the token it may want is read from RAY_AUTH_TOKEN."""
+    """A Ray that runs already and serves ``cluster``; the token it may want is read from RAY_AUTH_TOKEN."""
 
-    def __init__(self, provider: ExistingProvider) -> None:
+    def __init__(self, provider: ExistingProvider, cluster: str) -> None:
+        self._cluster = cluster
         self._dashboard = Dashboard.with_token_from_environment(provider.dashboard)
 
     def dashboard(self) -> Dashboard:
@@ -28,6 +31,7 @@ class ExistingRay:
     def stop(self, say: Say) -> bool:
         """Remove what Manta deployed and leave everything else as it is; False when there is nothing of Manta's.
 
+        ControlError when what runs there belongs to a cluster of another name.
         Applications that were deployed by other means than REST are not in the body, and Serve leaves them alone.
         """
         dashboard = self.dashboard()
@@ -35,6 +39,8 @@ class ExistingRay:
         observed = observe(dashboard)
         if not observed.own:
             return False
+        if observed.owner not in (None, self._cluster):
+            raise ControlError(f"cluster {self._cluster}: {belongs_to_another(observed.owner)}")
         for name in observed.own:
             say(f"Removing application {name}.")
         dashboard.put_applications(

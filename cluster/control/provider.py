@@ -25,4 +25,4 @@ class Ray(Protocol):
 def ray_of(config: ClusterConfig) -> Ray:
     """The Ray cluster that ``config`` names."""
     provider = config.cluster.provider
-    return LocalRay(config) if isinstance(provider, LocalProvider) else ExistingRay(provider)
+    return LocalRay(config) if isinstance(provider, LocalProvider) else ExistingRay(provider, config.name)

@@ -32,7 +32,12 @@ def build_plan(config: ClusterConfig, versions: Mapping[str, KnownVersion], code
     Raises PlanError when the config asks for what a model or the nodes cannot give.
     """
     nodes = tuple(_node_plan(group) for group in config.cluster.nodes)
-    gateway = GatewayAppArgs(num_replicas=config.gateway.replicas, cpus=config.gateway.cpus, code_digest=code_digest)
+    gateway = GatewayAppArgs(
+        num_replicas=config.gateway.replicas,
+        cpus=config.gateway.cpus,
+        code_digest=code_digest,
+        cluster=config.name,
+    )
     models = tuple(
         _model_plan(model, versions.get(model.name), config, nodes, code_digest) for model in config.models
     )
@@ -43,6 +48,7 @@ def build_plan(config: ClusterConfig, versions: Mapping[str, KnownVersion], code
     return Plan(
         name=config.name,
         storage=config.storage_root,
+        provider=config.cluster.provider.kind,
         proxy_location="HeadOnly" if local else "EveryNode",
         http_host=config.gateway.http.host,
         http_port=config.gateway.http.port,

@@ -15,6 +15,13 @@ from cluster.errors import PlanError
 from cluster.plan.serve_app import GATEWAY_APP, GATEWAY_DEPLOYMENT, ServeApp, gateway_app, is_own, model_apps
 from cluster.plan.types import Plan, Route, RoutingTable
 
+_RESTART_SERVE = {
+    "local": "run `manta down` and then `manta up`",
+    "existing": (
+        "have Serve ended on that cluster (`serve shutdown` there; it ends every application, and `manta down` does "
+        "not do it) and run `manta up` again"
+    ),
+}
 _COMPARED_KEYS = ("import_path", "route_prefix", "args", "runtime_env")
 
 
@@ -42,6 +49,12 @@ class Observed:
     def own(self) -> dict[str, ObservedApp]:
         """Applications that Manta deployed; all others are never touched."""
         return {name: app for name, app in self.apps.items() if is_own(app.config)}
+
+    @property
+    def owner(self) -> str | None:
+        """Name of the cluster that the gateway here belongs to; None where none runs, or one that does not say."""
+        gateway = self.own.get(GATEWAY_APP)
+        return None if gateway is None else gateway.config["args"].get("cluster") or None
 
     def foreign_configs(self) -> list[ServeApp]:
         """Configs of other people's applications that every PUT must repeat, or Serve would remove them."""
@@ -116,8 +129,10 @@ def diff(plan: Plan, observed: Observed) -> tuple[Action, ...]:
     """Actions that turn ``observed`` into ``plan``, in order; ``(Nothing(),)`` when there are none.
 
     A plan with models that are not imported yet yields what comes before and the imports; their applications are
-    planned after. Raises PlanError when Serve runs on another HTTP address, which Ray cannot change while it runs.
+    planned after. Raises PlanError when what runs there belongs to a cluster of another name, or when Serve runs on
+    another HTTP address, which Ray cannot change while it runs.
     """
+    _check_owner(plan, observed)
     _check_address(plan, observed)
     actions: list[Action] = []
     actions.extend(_import(model.name, model.source) for model in plan.missing)
@@ -125,6 +140,19 @@ def diff(plan: Plan, observed: Observed) -> tuple[Action, ...]:
         actions.append(StartCluster(sentence=f"Start Ray on this machine for cluster {plan.name}."))
     actions.extend(_app_actions(plan, observed))
     return tuple(actions) or (Nothing(),)
+
+
+def _check_owner(plan: Plan, observed: Observed) -> None:
+    if observed.owner not in (None, plan.name):
+        raise PlanError(f"cluster {plan.name}: {belongs_to_another(observed.owner)}")
+
+
+def belongs_to_another(owner: str | None) -> str:
+    """Why nothing may be changed on a Ray that serves the cluster ``owner``, and what to do."""
+    return (
+        f"this Ray already serves cluster {owner}, and one Ray serves one cluster; use a Ray cluster of its own "
+        f"(cluster.provider), or run `manta down` with the config of {owner} first"
+    )
 
 
 def _check_address(plan: Plan, observed: Observed) -> None:
@@ -135,7 +163,7 @@ def _check_address(plan: Plan, observed: Observed) -> None:
     host, port = observed.http_address
     raise PlanError(
         f"gateway.http: {wanted[0]}:{wanted[1]}, but Serve already listens on {host}:{port} and Ray cannot change "
-        f"that while it runs; set gateway.http to {host}:{port}, or run `manta down` and then `manta up`"
+        f"that while it runs; set gateway.http to {host}:{port}, or {_RESTART_SERVE[plan.provider]}"
     )
 
 

@@ -162,6 +162,8 @@ class GatewayAppArgs(PlanModel):
     num_replicas: int
     cpus: float
     code_digest: str
+    cluster: str = ""
+    """Name of the cluster that the gateway, and so everything of Manta's beside it, belongs to."""
 
 
 class KnownVersion(PlanModel):
@@ -201,6 +203,8 @@ class Plan(PlanModel):
 
     name: str
     storage: str
+    provider: Literal["local", "existing"]
+    """Whether Manta starts and stops the Ray cluster itself."""
     proxy_location: Literal["HeadOnly", "EveryNode"]
     http_host: str
     http_port: int

@@ -93,13 +93,25 @@ def test_down_on_an_existing_cluster_leaves_the_applications_of_others(monkeypat
     left["applications"] = {"toy-v1": other}
     replay = RecordedDashboard({SERVE: [mixed, mixed, "", left], "/api/version": [{"version": "4"}]})
     with replay:
-        ray = ExistingRay(ExistingProvider(kind="existing", dashboard=replay.url))
+        ray = ExistingRay(ExistingProvider(kind="existing", dashboard=replay.url), "test")
         assert ray.stop(lambda _: None)
         ray.dashboard().close()
     (body,) = [body for method, _, body in replay.requests if method == "PUT"]
     assert [app["name"] for app in body["applications"]] == ["toy-v1"]
     assert body["http_options"] == {"host": "127.0.0.1", "port": 28000}
     assert "DELETE" not in {method for method, _, _ in replay.requests}
+
+
+def test_down_leaves_a_cluster_of_another_name_alone():
+    theirs = recorded("serve_running.json")
+    theirs["applications"]["gateway"]["deployed_app_config"]["args"]["cluster"] = "theirs"
+    replay = RecordedDashboard({SERVE: [theirs], "/api/version": [{"version": "4"}]})
+    with replay:
+        ray = ExistingRay(ExistingProvider(kind="existing", dashboard=replay.url), "ours")
+        with pytest.raises(ControlError, match=r"cluster ours: .*serves cluster theirs.*`manta down` .* of theirs"):
+            ray.stop(lambda _: None)
+        ray.dashboard().close()
+    assert {method for method, _, _ in replay.requests} == {"GET"}
 
 
 def test_the_token_is_sent_as_bearer_and_a_missing_one_is_named(monkeypatch):

@@ -139,6 +139,29 @@ def test_another_http_address_is_refused_with_both_and_the_remedy():
         diff(plan(), observed)
 
 
+def test_serve_of_an_existing_ray_is_not_restarted_by_down_and_the_remedy_says_so():
+    observed = Observed(ray_running=True, http_address=("127.0.0.1", 8001))
+    wanted = plan().model_copy(update={"provider": "existing"})
+    with pytest.raises(
+        PlanError, match=r"set gateway\.http to 127\.0\.0\.1:8001, or have Serve ended on that cluster"
+    ):
+        diff(wanted, observed)
+
+
+def test_a_ray_that_serves_a_cluster_of_another_name_is_refused_with_both_names():
+    ours = plan().model_copy(update={"name": "ours"})
+    with pytest.raises(
+        PlanError, match=r"cluster ours: this Ray already serves cluster test, .*config of test first"
+    ):
+        diff(ours, running(plan()))
+
+
+def test_a_gateway_that_does_not_say_whose_it_is_is_taken_over():
+    observed = running(plan())
+    del observed.apps["gateway"].config["args"]["cluster"]
+    assert kinds(plan(), observed) == [("deploy_apps", "gateway"), ("await_apps", "gateway")]
+
+
 def foreign(name: str, route: str | None) -> Observed:
     app = ObservedApp(
         name=name,
