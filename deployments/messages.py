@@ -229,7 +229,7 @@ class RequestRefused(Exception):
 
 
 class Load(Message, frozen=True, kw_only=True):
-    """Pushed by a replica to every connected gateway about once a second and when it changes much."""
+    """Pushed by a replica to every connected gateway about once a second."""
 
     num_running: int
     num_waiting: int

@@ -26,7 +26,8 @@ class WaitingTokensPolicy:
         busy = _total(ctx, "kv_used_fraction")
         if waiting > self._target * current:
             return max(current + 1, math.ceil(waiting / self._target)), {}
-        if waiting == 0 and busy <= (current - 1) * 0.5:
+        idle = _total(ctx, "running") == 0
+        if waiting == 0 and (idle if current == 1 else busy <= (current - 1) * 0.5):
             return current - 1, {}
         return ctx.target_num_replicas, {}
 

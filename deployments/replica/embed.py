@@ -121,6 +121,7 @@ class EmbedEngine:
         self.config = config
         self.failed: str | None = None
         """Why the stages cannot be used; None while they can."""
+        self._failure = asyncio.Event()
         self._encoder = PromptEncoder(tokenizer, config.context_tokens)
         self._link = link
         self._clock = clock
@@ -217,7 +218,7 @@ class EmbedEngine:
         if self._draining:
             raise refuse(request_id, "draining", "this replica is being stopped; send the request again")
         if self.failed is not None:
-            raise refuse(request_id, "internal", self.failed)
+            raise refuse(request_id, "draining", self.failed)
 
     def _check_lengths(self, request_id: str, inputs: Sequence[tuple[int, ...]]) -> None:
         if not inputs:
@@ -264,10 +265,22 @@ class EmbedEngine:
             self._fail(f"the embedding engine failed: {error!r}; this is a bug")
 
     def _fail(self, message: str) -> None:
+        """What is under way is refused as ``draining``: an embedding costs little, and another replica can do it."""
         if self.failed is None:
             logger.error("%s", message)
             self.failed = message
-            self._refuse_all("internal", message)
+            self._failure.set()
+            self._refuse_all("draining", message)
+
+    def report_loss(self, reason: str) -> None:
+        """Somebody else saw the stages die, perhaps while no batch was under way."""
+        self._fail(f"the stages are lost: {reason}")
+
+    async def wait_failed(self) -> str:
+        """Return, as soon as the stages cannot be used, why."""
+        await self._failure.wait()
+        assert self.failed is not None
+        return self.failed
 
     async def _pump(self) -> None:
         while self.failed is None:
@@ -326,7 +339,7 @@ class EmbedEngine:
             num_waiting=len(self._waiting),
             num_waiting_tokens=sum(len(item.token_ids) for item in self._waiting),
             kv_used_fraction=0.0,
-            draining=self._draining,
+            draining=self._draining or self.failed is not None,
         )
 
     def stats(self) -> EngineStats:

@@ -44,6 +44,7 @@ from deployments.stage.link import StageLostError
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.25  # how late a deadline may be noticed
+_MAX_FAILED_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,8 @@ class Engine:
         self.config = config
         self.failed: str | None = None
         """Why the stages cannot be used; None while they can."""
+        self.recoverable = True
+        """Whether :meth:`recover` may mend the failure; False when the engine itself is at fault."""
         self._failure = asyncio.Event()
         self.pool = BlockPool(config.num_blocks, config.block_tokens, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(_scheduler_config(config, link), self.pool)
@@ -99,6 +102,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._choices: dict[int, Choice] = {}
         self._progressed: list[Choice] = []
+        self._sent_steps: dict[int, tuple[int, ...]] = {}
         self._sequence_ids = count(1)
         self._encoding: set[str] = set()
         self._encoder = PromptEncoder(tokenizer, config.context_tokens)
@@ -154,6 +158,7 @@ class Engine:
         self._failure.clear()
         self._num_recoveries += 1
         self._sent.clear()
+        self._sent_steps.clear()
         self._wake.set()
         await self.start()
 
@@ -292,6 +297,7 @@ class Engine:
             return
         logger.error("%s", message)
         self.failed = message
+        self.recoverable = recoverable
         self._failure.set()
         if not recoverable or self.config.on_stage_failure == "refuse":
             self._refuse_all("internal", message)
@@ -314,6 +320,7 @@ class Engine:
                     if not request.started:
                         request.start()
                 self._sent.set()
+                self._sent_steps[step.step] = tuple(part.sequence_id for part in step.sequences)
                 try:
                     await self._link.send(step)
                 except LINK_ERRORS as error:
@@ -326,13 +333,24 @@ class Engine:
                 self._sent.clear()
             output = await self._link.receive()
             if isinstance(output, StageFailed):
+                self._blame(output)
                 raise StageLostError(None, f"step {output.step} failed: {output.message}")
             self._take(output)
             await self._fill()
             self._emit_progress()
 
+    def _blame(self, failed: StageFailed) -> None:
+        """A request that takes part in failed step after failed step is ended, or it would break every repair."""
+        choices = (self._choices.get(sequence_id) for sequence_id in self._sent_steps.get(failed.step, ()))
+        for request in {choice.request for choice in choices if choice is not None}:
+            request.num_failed_steps += 1
+            if request.num_failed_steps >= _MAX_FAILED_STEPS:
+                message = f"{_MAX_FAILED_STEPS} steps with this request failed, the last one so: {failed.message}"
+                self._refuse(request, "internal", message)
+
     def _take(self, output: StepOutput) -> None:
         """Append the samples and decide who goes on; the rest of the work waits until the next step is sent."""
+        self._sent_steps.pop(output.step, None)
         for sequence, sample in self.scheduler.complete(output):
             choice = self._choices[sequence.sequence_id]
             if not choice.accept(sample):

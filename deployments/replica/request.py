@@ -117,6 +117,7 @@ class Request:
         self.deadline_s = arrived_s + request.deadline_s
         self.num_prompt_tokens = len(prompt_ids)
         self.num_completion_tokens = 0
+        self.num_failed_steps = 0
         self.first_token_s: float | None = None
         self.started = False
         self.ended = False

@@ -76,7 +76,6 @@ class ReplicaService:
             link, tokenizer = await asyncio.gather(stages.start(), asyncio.to_thread(_load_tokenizer, args))
             service = cls(args, replica_id, tokenizer, stages)
             await service._start_engine(link)
-            await service._warm_up()
             await service._listener.start(ray.util.get_node_ip_address())
         except BaseException:
             stages.kill()
@@ -84,17 +83,31 @@ class ReplicaService:
         return service
 
     async def _start_engine(self, link: StageLink) -> None:
-        if self._args.task == "embed":
-            self._engine = EmbedEngine(_embed_config(self._args), self._tokenizer, link)
+        args = self._args
+        if args.task == "embed":
+            self._engine = EmbedEngine(_embed_config(args), self._tokenizer, link)
         else:
-            engine = Engine(_engine_config(self._args), self._tokenizer, link, telemetry=self._telemetry)
-            self._supervisor = Supervisor(engine, self._stages, link)
-            self._tasks.append(asyncio.create_task(self._supervisor.run()))
-            self._engine = engine
+            self._engine = Engine(_engine_config(args), self._tokenizer, link, telemetry=self._telemetry)
         await self._engine.start()
-        self._tasks.append(asyncio.create_task(self._report()))
+        await self._warm_up()
+        self._supervisor = Supervisor(self._engine, self._stages, link)
+        self._tasks = [asyncio.create_task(work) for work in (self._supervisor.run(), self._report())]
 
     async def _warm_up(self) -> None:
+        """Raise what the stages say when the first token, or vector, does not come out."""
+        first = asyncio.create_task(self._produce())
+        failed = asyncio.create_task(self._engine.wait_failed())
+        await asyncio.wait((first, failed), return_when=asyncio.FIRST_COMPLETED)
+        try:
+            if failed.done():
+                raise RuntimeError(f"{self._args.app}: no first result came out: {failed.result()}")
+            await first
+        finally:
+            for task in (first, failed):
+                task.cancel()
+            await asyncio.gather(first, failed, return_exceptions=True)
+
+    async def _produce(self) -> None:
         if isinstance(self._engine, EmbedEngine):
             await self._engine.embed(Embed(request_id="warm-up", inputs=("ready?",), deadline_s=_WARM_UP_TIMEOUT_S))
             return
@@ -150,7 +163,7 @@ class ReplicaService:
     @property
     def failed(self) -> str | None:
         """Why nothing can be produced any more; None while it can, or while lost stages are being replaced."""
-        return self._supervisor.given_up if self._supervisor is not None else self._engine.failed
+        return self._supervisor.given_up if self._supervisor is not None else None
 
     async def stop(self) -> None:
         """Let the requests under way finish within the drain timeout, then end the stages."""

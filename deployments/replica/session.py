@@ -43,10 +43,10 @@ class Service(Protocol):
         """One vector per input."""
 
     def tokenize(self, request: Tokenize) -> Tokenized:
-        """Token ids of a prompt."""
+        """Token ids of a prompt; called on a thread."""
 
     def detokenize(self, request: Detokenize) -> Detokenized:
-        """Text of token ids."""
+        """Text of token ids; called on a thread."""
 
     def load(self) -> Load:
         """How busy the replica is."""
@@ -117,9 +117,9 @@ class GatewaySession:
                     embedded, vectors = await self._service.embed(request)
                     await self._channel.send(embedded, [vectors.tobytes()])
                 case Tokenize():
-                    await self._channel.send(self._service.tokenize(request))
+                    await self._channel.send(await asyncio.to_thread(self._service.tokenize, request))
                 case Detokenize():
-                    await self._channel.send(self._service.detokenize(request))
+                    await self._channel.send(await asyncio.to_thread(self._service.detokenize, request))
         except RequestRefused as error:
             await self._channel.send(error.refused)
             return "refused"

@@ -10,14 +10,16 @@ import time
 from collections import deque
 from typing import Protocol
 
+from deployments.replica.embed import EmbedEngine
 from deployments.replica.engine import Engine
 from deployments.stage.link import StageLink
 
 logger = logging.getLogger(__name__)
 
-# More losses than this in the window, and the replica gives up: what kills its stages will do so again.
+# More losses than this in the window, and the replica gives up: what kills its stages will do so again. The window is
+# wide enough for losses that only a step's deadline tells.
 _MAX_LOSSES = 5
-_WINDOW_S = 120.0
+_WINDOW_S = 600.0
 
 
 class Stages(Protocol):
@@ -28,9 +30,12 @@ class Stages(Protocol):
 
 
 class Supervisor:
-    """Watches one engine and its link until it gives up; ``given_up`` then says why."""
+    """Watches one engine and its link until it gives up; ``given_up`` then says why.
 
-    def __init__(self, engine: Engine, stages: Stages, link: StageLink) -> None:
+    An engine of embeddings is given up at its first loss: its requests are small, and go to another replica.
+    """
+
+    def __init__(self, engine: Engine | EmbedEngine, stages: Stages, link: StageLink) -> None:
         self.given_up: str | None = None
         self._engine = engine
         self._stages = stages
@@ -38,24 +43,33 @@ class Supervisor:
         self._losses: deque[float] = deque(maxlen=_MAX_LOSSES + 1)
 
     async def run(self) -> None:
-        """Repair after every loss. Ends when there were too many, or when a repair fails."""
-        while True:
+        """Repair after every loss, until there were too many or the engine cannot go on."""
+        while self.given_up is None:
             reason = await self._wait_loss()
-            begin = time.monotonic()
-            self._losses.append(begin)
-            if len(self._losses) > _MAX_LOSSES and begin - self._losses[0] < _WINDOW_S:
+            if isinstance(self._engine, EmbedEngine) or not self._engine.recoverable:
+                await self._give_up(reason)
+            else:
+                await self._repair(self._engine, reason)
+
+    async def _repair(self, engine: Engine, reason: str) -> None:
+        begin = time.monotonic()
+        while self.given_up is None:
+            if self._lost_too_often():
                 await self._give_up(f"stages were lost {len(self._losses)} times within {_WINDOW_S:g} s: {reason}")
                 return
             try:
                 await self._link.close()
                 self._link, replaced = await self._stages.repair()
-                await self._engine.recover(self._link)
-            except Exception as error:
-                logger.exception("the stages could not be repaired")
-                await self._give_up(f"{reason}; they could not be repaired: {error}")
-                return
-            elapsed_s = time.monotonic() - begin
-            logger.warning("stages %s were replaced in %.2f s: %s", replaced, elapsed_s, reason)
+                await engine.recover(self._link)
+            except Exception:
+                logger.exception("the stages could not be repaired; trying again")
+                continue
+            logger.warning("stages %s were replaced in %.2f s: %s", replaced, time.monotonic() - begin, reason)
+            return
+
+    def _lost_too_often(self) -> bool:
+        self._losses.append(time.monotonic())
+        return len(self._losses) > _MAX_LOSSES and self._losses[-1] - self._losses[0] < _WINDOW_S
 
     async def _wait_loss(self) -> str:
         lost = asyncio.create_task(self._link.wait_lost())

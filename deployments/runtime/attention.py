@@ -52,11 +52,9 @@ def paged_attention(
     for prefill in layout.prefills:
         rows = slice(prefill.row_start, prefill.row_stop)
         output[rows] = _attend_prefill(query_THD[rows], cache, layer, prefill, scale, sliding_window, softcap)
-    if layout.decodes is not None:
-        rows_B = layout.decodes.rows_B
-        output[rows_B] = _attend_decodes(
-            query_THD[rows_B], cache, layer, layout.decodes, scale, sliding_window, softcap
-        )
+    for decodes in layout.decodes:
+        rows_B = decodes.rows_B
+        output[rows_B] = _attend_decodes(query_THD[rows_B], cache, layer, decodes, scale, sliding_window, softcap)
     return output[None], None
 
 

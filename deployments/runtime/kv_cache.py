@@ -11,6 +11,8 @@ import torch
 
 from deployments.messages import SequenceStep
 
+_MAX_PADDING = 2
+
 
 class KVCache:
     """Keys and values of a contiguous range of layers.
@@ -72,7 +74,7 @@ class PrefillSlice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeBatch:
-    """All sequences with exactly one new token, padded to the longest context.
+    """Sequences of similar length with exactly one new token, padded to the longest context among them.
 
     A row is padded with its own first slot: a masked value that is not finite still spoils the sum it is left out
     of, so what one sequence overflowed must not stand in the row of another.
@@ -103,7 +105,7 @@ class StepLayout:
     positions_T: torch.Tensor
     slots_T: torch.Tensor
     prefills: tuple[PrefillSlice, ...]
-    decodes: DecodeBatch | None
+    decodes: tuple[DecodeBatch, ...]
     sample_rows: torch.Tensor
     """Rows whose next token is wanted, in the order of the sequences."""
 
@@ -136,7 +138,7 @@ def lay_out(sequences: Sequence[SequenceStep], cache: KVCache) -> StepLayout:
         positions_T=torch.tensor(positions, device=device),
         slots_T=torch.cat(new_slots),
         prefills=tuple(prefills),
-        decodes=_pad(decoding) if decoding else None,
+        decodes=tuple(_pad(batch) for batch in _by_length(decoding)),
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
     )
 
@@ -154,6 +156,19 @@ def _context_slots(sequence: SequenceStep, cache: KVCache) -> torch.Tensor:
     blocks = torch.tensor(sequence.block_ids, device=cache.device)
     offsets = torch.arange(cache.block_tokens, device=cache.device)
     return (blocks[:, None] * cache.block_tokens + offsets[None, :]).view(-1)[:length]
+
+
+def _by_length(decoding: list[tuple[int, torch.Tensor]]) -> list[list[tuple[int, torch.Tensor]]]:
+    """Cut into batches whose padded area is at most twice their tokens: one long context costs itself alone."""
+    batches: list[list[tuple[int, torch.Tensor]]] = []
+    num_tokens = 0
+    for row, slots in sorted(decoding, key=lambda each: len(each[1])):
+        num_tokens += len(slots)
+        if not batches or (len(batches[-1]) + 1) * len(slots) > _MAX_PADDING * num_tokens:
+            batches.append([])
+            num_tokens = len(slots)
+        batches[-1].append((row, slots))
+    return batches
 
 
 def _pad(decoding: list[tuple[int, torch.Tensor]]) -> DecodeBatch:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deployments.channel import Buffer, Channel, ChannelError
 from deployments.messages import EmbedInput, EmbedOutput, Opened, StageFailed, StepInput, StepOutput
@@ -13,7 +13,7 @@ class StageAddress:
     """Where a stage listens, and the secret that it accepts."""
 
     address: str
-    secret: bytes
+    secret: bytes = field(repr=False)
 
 
 class StageLostError(Exception):

@@ -98,11 +98,14 @@ class StageWorker:
         await self._finished.wait()
 
     async def serve(self) -> None:
-        """Compute steps until the replica closes its connection; any other end raises what went wrong.
+        """Compute steps until a neighbour closes its connection, or :meth:`stop`; any other end raises its reason.
 
         A step that fails is reported to the replica as :class:`StageFailed` before the error is raised.
         """
-        replica = await self._replica
+        await asyncio.wait((self._replica,))
+        if self._replica.cancelled():
+            return
+        replica = self._replica.result()
         step = -1
         try:
             while True:
@@ -165,6 +168,8 @@ class StageWorker:
     async def stop(self) -> None:
         """Close every connection (the replica sees it at once), and wait for the step that is being computed."""
         self._finished.set()
+        for expected in (self._replica, self._previous):
+            expected.cancel()  # whoever has not connected by now never will
         if self._next is not None:
             self._next.close()
         await self._listener.stop()

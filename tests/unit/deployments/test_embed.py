@@ -152,9 +152,9 @@ async def test_lost_stages_end_every_request_now(started, how):
     tasks = [engine.embed(embed(*[(5, 6)] * 4, request_id=f"r{i}")) for i in range(4)]
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(answers[0], tuple)
-    assert [error.refused.code for error in answers[1:]] == ["internal"] * 3
+    assert [error.refused.code for error in answers[1:]] == ["draining"] * 3
     assert "stages are lost" in engine.failed
-    assert (await refusal(engine, embed((5,), request_id="late"))).code == "internal"
+    assert (await refusal(engine, embed((5,), request_id="late"))).code == "draining"
 
 
 async def test_draining_finishes_what_runs(started):

@@ -72,7 +72,7 @@ async def play(settings_: EngineConfig, crowd: list[Client], num_stages: int, se
 
     def new_link(steps_to_live: int | None):
         last = None if steps_to_live is None else engine.stats().num_steps + steps_to_live
-        return link_for(settings_, num_stages, schedule_seed=seed, fail_at_step=last, on_send=check_accounts)
+        return link_for(settings_, num_stages, schedule_seed=seed, die_at_step=last, on_send=check_accounts)
 
     async def visit(visitor: Client):
         await ticks(visitor.arrives)

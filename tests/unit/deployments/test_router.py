@@ -331,6 +331,7 @@ def test_the_least_loaded_replica_is_chosen_and_never_a_draining_one() -> None:
 
     assert choose_replica({"a": load(10), "b": load(5)}, {}) == "b"
     assert choose_replica({"a": load(), "b": load()}, {"a": 2, "b": 1}) == "b"
-    assert choose_replica({"a": load(running=4), "b": load(running=1)}, {"a": 0, "b": 2}) == "b"
+    assert choose_replica({"a": load(running=4), "b": load(running=1)}, {"a": 0, "b": 1}) == "b"
+    assert choose_replica({"a": load(5), "b": load(0)}, {"a": 0, "b": 3}) == "a", "what was sent since counts"
     assert choose_replica({"a": load(draining=True), "b": load(99, 99)}, {}) == "b"
     assert choose_replica({"a": load(draining=True)}, {}) is None
