@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from cluster.config.findings import Finding, Location
 from cluster.config.schema import ClusterConfig
 
+_TOLERANCE = 1e-6
+
 ModelRule = Callable[[ClusterConfig, int], Iterator[Finding]]
 
 
@@ -135,6 +137,32 @@ def _cuda_has_gpus(config: ClusterConfig, index: int) -> Iterator[Finding]:
         )
 
 
+def _gpu_share_is_whole(config: ClusterConfig, index: int) -> Iterator[Finding]:
+    """Ray takes a share from one GPU and never from two, in units of 1/10000: only 1/k leaves nothing unusable."""
+    share = config.models[index].resources.stage_gpus
+    if share == 0 or config.models[index].device != "cuda":
+        return
+    fewer = min(10_000, int(1 / share + _TOLERANCE))
+    allowed = [gpu_share(num_stages) for num_stages in (fewer, fewer + 1)]
+    if share not in allowed:
+        yield Finding(
+            at=_at(index, "resources", "stage_gpus"),
+            message="is not a share that stages can divide a GPU by",
+            value=f"{share:g}",
+            limit="1, or 1/k for k stages on one GPU: 0.5, 0.3333, 0.25, 0.2, ...; four decimals, rounded down",
+            remedy=" or ".join(
+                f"write {allowed_share:g} ({count} on a GPU)"
+                for allowed_share, count in zip(allowed, (fewer, fewer + 1), strict=True)
+                if allowed_share > 0
+            ),
+        )
+
+
+def gpu_share(num_stages: int) -> float:
+    """The largest share of a GPU that Ray can give to each of ``num_stages``; it counts in units of 1/10000."""
+    return (10_000 // num_stages) / 10_000
+
+
 def _some_node_has_gpus(config: ClusterConfig, index: int) -> Iterator[Finding]:
     if config.models[index].device != "cuda":
         return
@@ -230,6 +258,7 @@ MODEL_RULES: tuple[ModelRule, ...] = (
     _step_timeout_is_shorter,
     _digest_has_one_file,
     _cuda_has_gpus,
+    _gpu_share_is_whole,
     _some_node_has_gpus,
     _cores_suffice,
     _stages_reserve_something,

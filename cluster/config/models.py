@@ -72,7 +72,7 @@ class ModelResources(StrictModel):
     stage_cpus: Amount = 0.1
     """Cores of each stage. A reservation for placement only; ``pipeline.threads`` bounds what it uses."""
     stage_gpus: Annotated[float, Field(ge=0, le=1)] = 0
-    """Share of a GPU of each stage, at most one; required with ``device: cuda``."""
+    """GPU of each stage: 1, or 0.5, 0.3333, 0.25 ... when 2, 3, 4 ... share one; required with ``device: cuda``."""
     reserve_memory: bool = True
     """Whether stages reserve the memory they need, on nodes that declare ``memory``."""
 

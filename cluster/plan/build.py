@@ -24,6 +24,7 @@ from cluster.plan.types import (
     ReplicaRange,
     StagePlan,
 )
+from cluster.units import format_bytes
 
 
 def build_plan(config: ClusterConfig, versions: Mapping[str, KnownVersion], code_digest: str) -> Plan:
@@ -120,7 +121,9 @@ def _auto_can_split(model: ModelConfig, nodes: Sequence[NodePlan]) -> bool:
 
 
 def _reserves_memory(model: ModelConfig, nodes: Sequence[NodePlan]) -> bool:
-    return model.resources.reserve_memory and all("memory" in node.resources for node in nodes)
+    """Nodes declare the memory of the host; weights and KV cache of a stage on a GPU are not in it."""
+    on_host = model.device == "cpu"
+    return on_host and model.resources.reserve_memory and all("memory" in node.resources for node in nodes)
 
 
 def _check_facts(model: ModelConfig, facts: ModelFacts) -> None:
@@ -229,5 +232,11 @@ def _notes(
         "replicas above what fits stay pending"
         for args in apps
         if args.replicas.max > args.replicas.min and not maximum_fits(args, apps, gateway, nodes)
+    )
+    notes.extend(
+        f"{args.model}: GPU memory is not checked; its largest stage needs about "
+        f"{format_bytes(max(stage.memory_bytes for stage in args.stages))} of it"
+        for args in apps
+        if args.device == "cuda"
     )
     return tuple(notes)

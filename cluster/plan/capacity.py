@@ -34,7 +34,7 @@ def check_capacity(apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes:
     raise PlanError(
         f"cluster.nodes: found no arrangement of {sum(len(gang.bundles) for gang in gangs)} bundles "
         f"({show_all(need)}) on the nodes ({show_all(offer)}), though the sums fit; use more or larger nodes, "
-        "or a placement other than STRICT_PACK and STRICT_SPREAD"
+        "a placement other than STRICT_PACK and STRICT_SPREAD, or shares of a GPU that go together on one"
     )
 
 

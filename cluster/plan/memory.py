@@ -6,6 +6,8 @@ from cluster.plan.types import Dtype, ModelFacts
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32_BYTES = 4
+_MAX_PADDING = 2
+"""Padded area of gathered contexts over their tokens, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +55,16 @@ def activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool) -> int:
     Either one layer (residual and its copy, queries, keys, values, attention output, the two halves of the MLP, and
     the keys and values gathered from their blocks), or, on the last stage, the logits: one row per sequence in the
     model's dtype and twice in float32, where sampling works. The two never exist together.
+
+    Decoding gathers contexts of different lengths into batches whose padded area is at most twice their tokens, so
+    twice the tokens of the pool are counted.
     """
     size = DTYPE_BYTES[shape.dtype]
     attention = (2 * facts.num_attention_heads + 2 * facts.num_kv_heads) * facts.head_dim
     per_token = 2 * facts.hidden_size + attention + 3 * facts.intermediate_size
     gathered = 0
     if facts.task == "generate":
-        gathered = shape.num_blocks * shape.block_tokens * kv_bytes_per_token(facts, shape.dtype)
+        gathered = _MAX_PADDING * shape.num_blocks * shape.block_tokens * kv_bytes_per_token(facts, shape.dtype)
     layer = shape.max_step_tokens * per_token * size + gathered
     if not last or facts.task == "embed":
         return layer

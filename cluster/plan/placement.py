@@ -57,9 +57,44 @@ def fits_one(bundle: Amounts, free: Amounts) -> bool:
     return all(amount <= free.get(name, 0.0) + _TOLERANCE for name, amount in bundle.items())
 
 
-def expand_nodes(nodes: Sequence[NodePlan], num_bundles: int) -> list[Amounts]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Free:
+    """What is left of one node: sums by resource, and the share that is left of each of its GPUs."""
+
+    amounts: Amounts
+    gpus: tuple[float, ...]
+
+    def without(self, item: "_Item") -> "_Free | None":
+        """What is left after ``item``; None when it does not fit."""
+        if not fits_one(item.bundle, self.amounts):
+            return None
+        gpus = _gpus_after(self.gpus, item.gpus)
+        if gpus is None:
+            return None
+        left = {name: amount - item.bundle.get(name, 0.0) for name, amount in self.amounts.items()}
+        return _Free(amounts=left, gpus=gpus)
+
+
+def _gpus_after(free: tuple[float, ...], shares: tuple[float, ...]) -> tuple[float, ...] | None:
+    """Ray takes a share from the one GPU with the least left that has enough, and never from two."""
+    if not shares:
+        return free
+    left = list(free)
+    for share in shares:
+        enough = [index for index, amount in enumerate(left) if share <= amount + _TOLERANCE]
+        if not enough:
+            return None
+        left[min(enough, key=left.__getitem__)] -= share
+    return tuple(left)
+
+
+def _expand_nodes(nodes: Sequence[NodePlan], num_bundles: int) -> list[_Free]:
     """Resources of every node at its maximum count; more nodes of a group than bundles cannot help."""
-    return [dict(node.resources) for node in nodes for _ in range(min(node.max, num_bundles))]
+    return [
+        _Free(amounts=dict(node.resources), gpus=(1.0,) * int(node.resources.get("GPU", 0)))
+        for node in nodes
+        for _ in range(min(node.max, num_bundles))
+    ]
 
 
 def all_fit(gangs: Sequence[Gang], nodes: Sequence[NodePlan]) -> bool:
@@ -72,8 +107,8 @@ def all_fit(gangs: Sequence[Gang], nodes: Sequence[NodePlan]) -> bool:
     num_bundles = sum(len(gang.bundles) for gang in gangs)
     ordered = sorted(gangs, key=lambda gang: dominant_share(totals(gang.bundles), capacity), reverse=True)
     items = [item for index, gang in enumerate(ordered) for item in _items(index, gang, capacity)]
-    free = expand_nodes(nodes, num_bundles)
-    if _first_fit(items, [dict(node) for node in free]):
+    free = _expand_nodes(nodes, num_bundles)
+    if _first_fit(items, list(free)):
         return True
     return len(items) <= _SEARCH_ITEMS and _Search(items=items, free=free).place(0)
 
@@ -89,26 +124,33 @@ def dominant_share(need: Amounts, capacity: Amounts) -> float:
 class _Item:
     gang: int
     bundle: Amounts
+    gpus: tuple[float, ...]
+    """Share of a GPU of each stage in the bundle; at most 1 each."""
     apart: bool
     """Must not share a node with another item of its gang."""
 
 
 def _items(index: int, gang: Gang, capacity: Amounts) -> Iterator[_Item]:
     if gang.strategy == "STRICT_PACK":
-        yield _Item(gang=index, bundle=totals(gang.bundles), apart=False)
+        yield _Item(gang=index, bundle=totals(gang.bundles), gpus=_shares(gang.bundles), apart=False)
         return
     apart = gang.strategy == "STRICT_SPREAD"
     for bundle in sorted(gang.bundles, key=lambda bundle: dominant_share(bundle, capacity), reverse=True):
-        yield _Item(gang=index, bundle=bundle, apart=apart)
+        yield _Item(gang=index, bundle=bundle, gpus=_shares([bundle]), apart=apart)
 
 
-def _first_fit(items: Sequence[_Item], free: list[Amounts]) -> bool:
+def _shares(bundles: Sequence[Amounts]) -> tuple[float, ...]:
+    return tuple(sorted((bundle["GPU"] for bundle in bundles if bundle.get("GPU")), reverse=True))
+
+
+def _first_fit(items: Sequence[_Item], free: list[_Free]) -> bool:
     """Whether every item fits the first node that takes it; ``free`` is changed."""
     used: list[set[int]] = [set() for _ in free]
     for item in items:
         for index, node in enumerate(free):
-            if fits_one(item.bundle, node) and not (item.apart and item.gang in used[index]):
-                free[index] = _without(node, item.bundle)
+            left = None if item.apart and item.gang in used[index] else node.without(item)
+            if left is not None:
+                free[index] = left
                 used[index].add(item.gang)
                 break
         else:
@@ -116,14 +158,10 @@ def _first_fit(items: Sequence[_Item], free: list[Amounts]) -> bool:
     return True
 
 
-def _without(free: Amounts, bundle: Amounts) -> Amounts:
-    return {name: amount - bundle.get(name, 0.0) for name, amount in free.items()}
-
-
 class _Search:
     """Depth-first placement of ``items`` on nodes; ``free`` is changed and restored on the way."""
 
-    def __init__(self, *, items: list[_Item], free: list[Amounts]) -> None:
+    def __init__(self, *, items: list[_Item], free: list[_Free]) -> None:
         self._items = items
         self._free = free
         self._used: list[set[int]] = [set() for _ in free]  # gangs that forbid company, per node
@@ -134,23 +172,24 @@ class _Search:
         if position == len(self._items):
             return True
         item = self._items[position]
-        tried: list[Amounts] = []
+        tried: list[_Free] = []
         for index, free in enumerate(self._free):
             if self._steps_left <= 0:
                 return False
-            if not fits_one(item.bundle, free) or (item.apart and item.gang in self._used[index]):
+            left = None if item.apart and item.gang in self._used[index] else free.without(item)
+            if left is None:
                 continue
             if not item.apart and free in tried:
                 continue  # a node just like one that failed
-            tried.append(dict(free))
-            if self._try_node(index, item, position):
+            tried.append(free)
+            if self._try_node(index, left, item, position):
                 return True
         return False
 
-    def _try_node(self, index: int, item: _Item, position: int) -> bool:
+    def _try_node(self, index: int, left: _Free, item: _Item, position: int) -> bool:
         self._steps_left -= 1
         before = self._free[index]
-        self._free[index] = _without(before, item.bundle)
+        self._free[index] = left
         if item.apart:
             self._used[index].add(item.gang)
         if self.place(position + 1):

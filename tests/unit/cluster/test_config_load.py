@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config.load import load_config, load_text
+from cluster.config.model_relations import gpu_share
 from cluster.config.schema import ClusterConfig, json_schema
 from cluster.config.sources import HfSource, PathSource, RegistrySource, WheelSource, parse_source
 from cluster.errors import ConfigError, Problem
@@ -260,3 +261,13 @@ EXAMPLE = (CONFIGS / "quickstart.yaml").read_text()
 @settings(max_examples=200, deadline=None)
 def test_a_slip_of_the_hand_loads_or_is_refused(start: int, num_cut: int, typed: str) -> None:
     loads_or_is_refused(EXAMPLE[:start] + typed + EXAMPLE[start + num_cut :])
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 5, 6, 7, 8, 9, 70, 10_000])
+def test_every_share_of_a_gpu_that_the_remedy_names_is_accepted(num_stages: int) -> None:
+    share = gpu_share(num_stages)
+    assert share * num_stages <= 1
+    gpu = f"device: cuda, pipeline: {{stages: 1}}, resources: {{stage_gpus: {share:.4f}}}"
+    text = MINIMAL.replace("CPU: 2", "CPU: 2, GPU: 2").replace('org/repo"', f'org/repo", {gpu}')
+    loaded = load_text(text, "manta.yaml")
+    assert loaded.models[0].resources.stage_gpus == share

@@ -260,6 +260,12 @@ MISTAKES = {
         "device: cuda #!\nresources: {stage_gpus: 1}", "device", "no node has one", "`GPU: 1`"
     ),
     "GPU without cuda": in_model("resources: {stage_gpus: 1} #!", "resources.stage_gpus", "nothing uses", "to cuda"),
+    "uneven share of a GPU": in_model(
+        "device: cuda\nresources: {stage_gpus: 0.4} #!",
+        "resources.stage_gpus",
+        "divide a GPU",
+        "write 0.5 (2 on a GPU)",
+    ),
     "stage over node": in_model(
         "resources: {stage_cpus: 4} #!", "resources.stage_cpus", "cores of any node", "threads"
     ),

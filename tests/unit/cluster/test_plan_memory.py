@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.plan.memory import StepShape, activation_bytes, kv_bytes, weight_bytes
+from cluster.plan.memory import StepShape, activation_bytes, kv_bytes, kv_bytes_per_token, weight_bytes
 from tests.unit.cluster.plan_examples import SMOLLM2_LAYER_PARAMS, facts, minilm_facts
 
 SHAPE = StepShape(dtype="bfloat16", max_step_tokens=512, max_running=32, num_blocks=1024, block_tokens=16)
@@ -45,6 +45,12 @@ def test_many_sampled_rows_make_the_logits_the_largest_tensor_of_the_last_stage_
     busy = StepShape(dtype="bfloat16", max_step_tokens=512, max_running=512, num_blocks=1024, block_tokens=16)
     assert activation_bytes(facts(), busy, last=True) == 512 * 49152 * (2 + 4 + 4)
     assert activation_bytes(facts(), busy, last=False) == activation_bytes(facts(), SHAPE, last=False)
+
+
+def test_decoding_gathers_at_most_twice_the_tokens_of_the_pool():
+    larger = StepShape(dtype="bfloat16", max_step_tokens=512, max_running=32, num_blocks=1025, block_tokens=16)
+    more = activation_bytes(facts(), larger, last=False) - activation_bytes(facts(), SHAPE, last=False)
+    assert more == 2 * 16 * kv_bytes_per_token(facts(), "bfloat16")
 
 
 def test_more_tokens_in_a_step_need_more_memory():

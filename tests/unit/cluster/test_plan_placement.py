@@ -62,6 +62,30 @@ def test_thousands_of_equal_bundles_are_decided_quickly():
     assert not all_fit([gang] * 1001, [node(10, count=100)])
 
 
+def gpu_gang(strategy: str, *shares: float) -> Gang:
+    return Gang(name="g", bundles=tuple({"CPU": 0.1, "GPU": share} for share in shares), strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["PACK", "STRICT_PACK"])
+def test_a_share_of_a_gpu_is_never_taken_from_two(strategy):
+    box = NodePlan(name="n", resources={"CPU": 4, "GPU": 2}, min=1, max=1)
+    assert all_fit([gpu_gang(strategy, 0.5, 0.5), gpu_gang(strategy, 0.5, 0.5)], [box])
+    assert all_fit([gpu_gang(strategy, *[0.3333] * 6)], [box])
+    assert not all_fit([gpu_gang(strategy, 1, 0.3333, 0.3333), gpu_gang(strategy, 0.5)], [box])
+    assert not all_fit([gpu_gang(strategy, *[0.4] * 5)], [box])
+
+
+def test_models_on_a_gpu_are_not_charged_to_the_memory_of_the_host():
+    models = SMOLLM2.replace("{stages: 2}", "{stages: auto}")
+    models += "    device: cuda\n    resources: {stage_gpus: 0.5}\n"
+    nodes = "    - {name: box, resources: {CPU: 2, GPU: 1, memory: 100MiB}}\n"
+    plan = build_plan(config(models, nodes), {"smollm2": known()}, "digest")
+    args = plan.models[0].args
+    assert replica_bundles(args) == [{"CPU": 0.15, "GPU": 0.5}]
+    (note,) = [note for note in plan.notes if "GPU" in note]
+    assert note.startswith("smollm2: GPU memory is not checked; its largest stage needs about ")
+
+
 def test_the_replica_sits_in_the_first_bundle_and_memory_is_reserved_per_stage():
     plan = build_plan(config(), {"smollm2": known()}, "digest")
     args = plan.models[0].args

@@ -85,10 +85,10 @@ async def play(settings_: EngineConfig, crowd: list[Client], num_stages: int, se
     for position in range(len(failures)):
         await until(lambda: engine.failed is not None or visits.done())
         if engine.failed is not None:
-            assert "the test asked for it" in engine.failed, engine.failed
+            assert "killed by the test" in engine.failed, engine.failed
             await engine.recover(new_link(failures[position + 1] if position + 1 < len(failures) else None))
     outcomes = await visits
-    assert engine.failed is None or "the test asked for it" in engine.failed, engine.failed
+    assert engine.failed is None or "killed by the test" in engine.failed, engine.failed
     for visitor, outcome in zip(crowd, outcomes, strict=True):
         if visitor.leaves_after is None or outcome.finished is not None:
             check(visitor.request, outcome)
