@@ -180,11 +180,11 @@ def expected_choice(request: Generate, index: int = 0, *, seed: int | None = Non
         if not armed:
             unarmed = len(text)
             continue
-        for stop in sampling.stop:
-            at = text.find(stop, unarmed)
-            if at >= 0:
-                shown_text = text[: at + len(stop) if sampling.include_stop_str_in_output else at]
-                return Expected(tokens[:num_emitted], shown_text, "stop", stop)
+        hits = [(at + len(stop), at, stop) for stop in sampling.stop if (at := text.find(stop, unarmed)) >= 0]
+        if hits:  # complete first; of those, the longest
+            end, at, stop = min(hits)
+            shown_text = text[: end if sampling.include_stop_str_in_output else at]
+            return Expected(tokens[:num_emitted], shown_text, "stop", stop)
     return Expected(tokens, text, "length", None)
 
 
