@@ -78,7 +78,7 @@ def test_a_share_of_a_gpu_is_never_taken_from_two(strategy):
 def test_models_on_a_gpu_are_not_charged_to_the_memory_of_the_host():
     models = SMOLLM2.replace("{stages: 2}", "{stages: auto}")
     models += "    device: cuda\n    resources: {stage_gpus: 0.5}\n"
-    nodes = "    - {name: box, resources: {CPU: 2, GPU: 1, memory: 100MiB}}\n"
+    nodes = "    - {name: box, resources: {CPU: 2, GPU: 1, memory: 300MiB}}\n"
     plan = build_plan(config(models, nodes), {"smollm2": known()}, "digest")
     args = plan.models[0].args
     assert replica_bundles(args) == [{"CPU": 0.15, "GPU": 0.5}]
@@ -113,7 +113,7 @@ def refuse(models: str, nodes: str) -> str:
 def test_a_stage_larger_than_every_node_is_named_with_its_parts():
     message = refuse(SMOLLM2, "    - {name: box, resources: {CPU: 2, memory: 300MiB}}\n")
     assert message == (
-        "models.smollm2: stage 0 needs 429.4MiB memory (weights 182.3MiB, KV cache 228.0MiB, activations 19.1MiB), "
+        "models.smollm2: stage 0 needs 441.4MiB memory (weights 182.3MiB, KV cache 228.0MiB, activations 31.1MiB), "
         "but the largest node has 300.0MiB memory; "
         "use more stages, a smaller kv_cache.tokens or batching.max_step_tokens, or larger nodes"
     )
