@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cluster.registry.materialize import materialize, verify
 from cluster.registry.progress import no_progress
 from cluster.registry.sources import importer
 from cluster.registry.sources.importer import find_imported, import_source, path_sha256
-from cluster.registry.sources.wheel import extract
+from cluster.registry.sources.wheel import extract, watch
 from cluster.registry.store import Registry
 from tests.support.tiny_checkpoint import llama_tensors, sha256, write_checkpoint, write_wheel
 
@@ -103,6 +104,28 @@ def test_wheel_end_to_end(registry: Registry, tmp_path: Path, wheel_folder: Path
     assert import_source(registry, "tiny", source, sha256=pin, task="generate", dtype="float32") == version
     again = import_source(registry, "other", source, sha256=pin, task="generate", dtype="float32")
     assert again.reference == "other@v1", "the cached download serves a second import"
+
+
+def test_bytes_of_a_download_are_shown_while_it_runs(tmp_path: Path) -> None:
+    temporary, folder = tmp_path / "temporary", tmp_path / "folder"
+    temporary.mkdir()
+    folder.mkdir()
+    code = (
+        "import os, pathlib, sys, time; part = pathlib.Path(os.environ['TMPDIR'], 'pip-unpack'); part.mkdir(); "
+        "(part / 'x.whl').write_bytes(bytes(1000)); print('done', file=sys.stderr); "
+        "go, end = pathlib.Path(sys.argv[1]), time.monotonic() + 60\n"
+        "while not go.exists() and time.monotonic() < end: time.sleep(0.01)\nsys.exit(3)"
+    )
+    go = tmp_path / "go"
+    shown: list[int] = []
+
+    def show(num_bytes: int) -> None:
+        shown.append(num_bytes)
+        if num_bytes == 1000:
+            go.touch()
+
+    assert watch([sys.executable, "-c", code, str(go)], temporary, folder, show) == (3, "done\n")
+    assert 1000 in shown
 
 
 def test_wheel_with_another_digest_is_refused(registry: Registry, tmp_path: Path, wheel_folder: Path) -> None:
