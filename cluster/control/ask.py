@@ -35,6 +35,11 @@ class Gateway:
         answer = self._post("/v1/chat/completions", body).json()
         return str(answer["choices"][0]["message"]["content"])
 
+    def complete(self, model: str, prompt: str, *, max_tokens: int) -> str:
+        """What the model writes after ``prompt``, chosen greedily; for models without a chat template."""
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        return str(self._post("/v1/completions", body).json()["choices"][0]["text"])
+
     def stream_chat(self, model: str, messages: list[ChatMessage]) -> Generator[str, None, None]:
         """Pieces of the answer as they come; closing the iterator cancels the request."""
         body = {"model": model, "messages": messages, "stream": True}

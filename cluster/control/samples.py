@@ -13,6 +13,7 @@ from cluster.plan.types import ModelPlan, Plan
 
 QUESTION = "What is the capital of France? Answer in one short sentence."
 SENTENCE = "The quick brown fox jumps over the lazy dog."
+BEGINNING = "The capital of France is"
 _ANSWER_TOKENS = 48
 _SETTLE_S = 30.0
 _RETRY_S = 0.5
@@ -21,7 +22,7 @@ _ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What one model said to the sample question."""
+    """What one model made of the sample: an answer to a question, the rest of a sentence, or a vector."""
 
     model: str
     question: str
@@ -61,6 +62,9 @@ def _ask(gateway: Gateway, model: ModelPlan) -> Answer:
         vector = gateway.embed(model.name, SENTENCE)
         first = ", ".join(f"{value:.3f}" for value in vector[:3])
         return Answer(model=model.name, question=SENTENCE, text=f"[{first}, ...] ({len(vector)} numbers)")
+    if not model.chats:
+        text = gateway.complete(model.name, BEGINNING, max_tokens=_ANSWER_TOKENS)
+        return Answer(model=model.name, question=BEGINNING, text=text.strip())
     text = gateway.chat(model.name, [{"role": "user", "content": QUESTION}], max_tokens=_ANSWER_TOKENS)
     return Answer(model=model.name, question=QUESTION, text=text.strip())
 
@@ -91,6 +95,9 @@ def _try_lines(url: str, model: ModelPlan, chat: str) -> list[str]:
     if model.task == "embed":
         body = f'{{"model": "{model.name}", "input": "Hello"}}'
         return [_curl(f"{url}/v1/embeddings", body)]
+    if not model.chats:
+        body = f'{{"model": "{model.name}", "prompt": "{BEGINNING}", "max_tokens": {_ANSWER_TOKENS}}}'
+        return [_curl(f"{url}/v1/completions", body)]
     body = f'{{"model": "{model.name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return [chat, _curl(f"{url}/v1/chat/completions", body)]
 

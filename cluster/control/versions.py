@@ -61,5 +61,9 @@ def _find(model: ModelConfig, registry: Registry) -> ModelVersion | None:
 
 def _known(registry: Registry, version: ModelVersion) -> KnownVersion:
     return KnownVersion(
-        name=version.name, version=version.version, created=int(version.created), facts=read_facts(registry, version)
+        name=version.name,
+        version=version.version,
+        created=int(version.created),
+        facts=read_facts(registry, version),
+        chat_template=version.chat_template,
     )

@@ -84,6 +84,7 @@ def _model_plan(
         source=str(model.source),
         task=model.task,
         created=None if version is None else version.created,
+        chats=model.task == "generate" and (version is None or version.chat_template),
         args=args,
     )
 

@@ -175,6 +175,8 @@ class KnownVersion(PlanModel):
     created: int
     """Unix time it was published, seconds."""
     facts: ModelFacts
+    chat_template: bool = True
+    """Whether its files say how a conversation is written as text."""
 
 
 class NodePlan(PlanModel):
@@ -195,6 +197,8 @@ class ModelPlan(PlanModel):
     """Canonical source URI."""
     task: Task
     created: int | None
+    chats: bool
+    """Takes conversations: writes text and has a chat template; taken for granted before the import."""
     args: ModelAppArgs | None
 
 

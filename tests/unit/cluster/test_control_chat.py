@@ -12,7 +12,8 @@ from cluster.control.ask import Gateway
 from cluster.control.chat import answer_once, converse
 from cluster.control.samples import base_url, first_answers, next_steps
 from cluster.errors import ControlError
-from tests.unit.cluster.plan_examples import config
+from cluster.plan.build import build_plan
+from tests.unit.cluster.plan_examples import config, known
 from tests.unit.cluster.test_plan_build import both
 
 
@@ -26,6 +27,8 @@ class Endpoint(BaseHTTPRequestHandler):
             return self.reply(404, json.dumps({"error": {"message": "no model nope; served: smollm2"}}))
         if self.path.endswith("/embeddings"):
             return self.reply(200, json.dumps({"data": [{"embedding": [0.5, 0.25, 0.125]}]}))
+        if self.path.endswith("/v1/completions"):
+            return self.reply(200, json.dumps({"choices": [{"text": f" after {body['prompt']}"}]}))
         words = body["messages"][-1]["content"].split(" ")
         if not body.get("stream"):
             return self.reply(200, json.dumps({"choices": [{"message": {"content": " ".join(words)}}]}))
@@ -142,6 +145,17 @@ def test_each_model_is_asked_in_its_own_way_and_the_answers_are_shown():
     ):
         assert part in text
     assert ".venv/bin/manta down q.yaml" in next_steps(config(), both(), "", (), "q.yaml", ".venv/bin/manta")
+
+
+def test_a_model_without_a_chat_template_is_given_a_beginning_to_go_on_from():
+    version = known().model_copy(update={"chat_template": False})
+    plan = build_plan(config(), {"smollm2": version}, "digest")
+    with endpoint() as (gateway, _):
+        (answer,) = first_answers(gateway, plan.models, lambda _: None)
+    assert (answer.question, answer.text) == ("The capital of France is", "after The capital of France is")
+    text = next_steps(config(), plan, "http://127.0.0.1:8265", [answer], "quick.yaml")
+    assert "http://127.0.0.1:8000/v1/completions" in text
+    assert "chat" not in text
 
 
 @pytest.mark.parametrize(
