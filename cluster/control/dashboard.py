@@ -59,9 +59,9 @@ class Dashboard:
         """Declare all applications; Serve starts if it does not run. Errors of an application come later."""
         self._request("PUT", "/api/serve/applications/", timeout_s=_WRITE_TIMEOUT_S, body=config)
 
-    def delete_applications(self) -> None:
-        """Remove every application and stop Serve; returns when that is done."""
-        self._request("DELETE", "/api/serve/applications/", timeout_s=_WRITE_TIMEOUT_S)
+    def delete_applications(self, *, drain_s: float) -> None:
+        """Remove every application and stop Serve; returns when that is done, which takes ``drain_s`` and some."""
+        self._request("DELETE", "/api/serve/applications/", timeout_s=drain_s + _WRITE_TIMEOUT_S)
 
     def actors(self) -> list[dict[str, Any]]:
         """All actors, dead ones too, each with ``actor_id``, ``name``, ``state``, ``pid``, ``node_id``."""

@@ -4,11 +4,12 @@ from cluster.config.nodes import ExistingProvider
 from cluster.control.dashboard import Dashboard
 from cluster.control.local import Say
 from cluster.control.observe import observe
-from cluster.control.wait import await_gone
+from cluster.control.wait import await_gone, longest_drain_s
 from cluster.errors import ControlError
 from cluster.plan.diff import belongs_to_another
 
 _STOP_TIMEOUT_S = 180.0
+"""Beyond the longest drain of the applications."""
 
 
 class ExistingRay:
@@ -50,5 +51,6 @@ class ExistingRay:
                 "applications": observed.foreign_configs(),
             }
         )
-        await_gone(dashboard, sorted(observed.own), timeout_s=_STOP_TIMEOUT_S)
+        drain_s = longest_drain_s(app.config for app in observed.own.values())
+        await_gone(dashboard, sorted(observed.own), timeout_s=drain_s + _STOP_TIMEOUT_S)
         return True

@@ -23,8 +23,10 @@ from cluster.config.nodes import LocalProvider
 from cluster.config.schema import ClusterConfig
 from cluster.control import processes
 from cluster.control.dashboard import Dashboard
+from cluster.control.observe import observed_from
 from cluster.control.ports import require_free, unused_ports
 from cluster.control.state import LocalState, forget_state, read_state, state_directory, write_state
+from cluster.control.wait import longest_drain_s, patient_details
 from cluster.errors import ControlError
 
 Say = Callable[[str], None]
@@ -214,7 +216,8 @@ class LocalRay:
             return
         say("Removing the applications; replicas finish what they are doing.")
         try:
-            dashboard.delete_applications()
+            own = observed_from(patient_details(dashboard, time.monotonic() + _STOP_TIMEOUT_S)).own
+            dashboard.delete_applications(drain_s=longest_drain_s(app.config for app in own.values()))
         except ControlError as error:
             say(f"Applications were not removed in good order: {error}")
 

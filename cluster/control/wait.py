@@ -6,14 +6,17 @@ Ray answers a PUT with 200 and finds errors later: in building the application (
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.control.dashboard import Dashboard
 from cluster.errors import ControlError
+from cluster.plan.serve_app import ServeApp
 
 _POLL_S = 0.5
+_MAX_UNANSWERED = 5
+"""Requests in a row that the dashboard may leave without an answer."""
 _LOG_LINES = 20
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -53,7 +56,7 @@ def await_apps(dashboard: Dashboard, names: Sequence[str], show: Show, *, timeou
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        details = dashboard.serve_details()
+        details = patient_details(dashboard, deadline)
         views = [view(name, details["applications"].get(name)) for name in names]
         show(views)
         failed = [found for found in views if found.failed]
@@ -70,10 +73,30 @@ def await_apps(dashboard: Dashboard, names: Sequence[str], show: Show, *, timeou
 def await_gone(dashboard: Dashboard, names: Sequence[str], *, timeout_s: float) -> None:
     """Return when none of ``names`` is on the cluster any more; ControlError after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
-    while left := sorted(set(names) & dashboard.serve_details()["applications"].keys()):
+    while left := sorted(set(names) & patient_details(dashboard, deadline)["applications"].keys()):
         if time.monotonic() > deadline:
             raise ControlError(f"{', '.join(left)} did not stop within {timeout_s:g} s; see `manta status`")
         time.sleep(_POLL_S)
+
+
+def patient_details(dashboard: Dashboard, deadline: float) -> dict[str, Any]:
+    """Serve's details; a dashboard that is too busy to answer is asked again, a few times.
+
+    ControlError when it does not answer then, or the time (of ``time.monotonic``) is past ``deadline``.
+    """
+    for _ in range(_MAX_UNANSWERED - 1):
+        try:
+            return dashboard.serve_details()
+        except ControlError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_S)
+    return dashboard.serve_details()
+
+
+def longest_drain_s(apps: Iterable[ServeApp]) -> float:
+    """How long the slowest of ``apps`` lets its requests finish before it stops, seconds."""
+    return max((app["args"].get("drain_timeout_s", 0.0) for app in apps), default=0.0)
 
 
 def view(name: str, app: dict[str, Any] | None) -> AppView:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cluster.control import wait
 from cluster.control.report import LineReport, TerminalReport, describe
-from cluster.control.wait import AppView, await_apps, await_gone, error_text, view
+from cluster.control.wait import AppView, await_apps, await_gone, error_text, longest_drain_s, view
 from cluster.errors import ControlError
 from tests.unit.cluster.recorded_dashboard import RecordedDashboard, recorded
 
@@ -75,6 +76,35 @@ def test_a_death_without_a_traceback_shows_the_end_of_the_replicas_log():
     with RecordedDashboard(answers) as dashboard:
         failed = await_apps(dashboard, ["toy-v2"], lambda _: None, timeout_s=5)
     assert failed["toy-v2"].endswith("the end of its replica's log:\nout of memory")
+
+
+class Busy:
+    """A dashboard that leaves the first requests without an answer."""
+
+    def __init__(self, num_unanswered: int) -> None:
+        self.num_unanswered = num_unanswered
+
+    def serve_details(self) -> dict[str, object]:
+        self.num_unanswered -= 1
+        if self.num_unanswered >= 0:
+            raise ControlError("did not answer within 30 s")
+        return recorded("serve_running.json")
+
+
+def test_a_dashboard_that_is_busy_for_a_while_does_not_end_the_wait(monkeypatch):
+    monkeypatch.setattr(wait, "_POLL_S", 0.0)
+    assert await_apps(Busy(4), ["smollm2-v1"], lambda _: None, timeout_s=60) == {}
+    await_gone(Busy(4), ["other-v1"], timeout_s=60)
+    with pytest.raises(ControlError, match="did not answer"):
+        await_apps(Busy(5), ["smollm2-v1"], lambda _: None, timeout_s=60)
+    with pytest.raises(ControlError, match="did not answer"):
+        await_apps(Busy(1), ["smollm2-v1"], lambda _: None, timeout_s=-1)
+
+
+def test_what_stops_is_given_the_longest_drain_of_all():
+    apps = [{"args": {"drain_timeout_s": 60.0}}, {"args": {"drain_timeout_s": 900.0}}, {"args": {"cpus": 0.1}}]
+    assert longest_drain_s(apps) == 900.0
+    assert longest_drain_s([]) == 0.0
 
 
 def test_waiting_has_a_deadline_that_says_what_is_late():
