@@ -18,10 +18,8 @@ from rich.table import Table
 
 from cluster.config.load import load_config
 from cluster.config.schema import ClusterConfig
-from cluster.config.sources import RegistrySource
 from cluster.control.code import code_digest
-from cluster.control.observe import cluster_status
-from cluster.control.provider import ray_of
+from cluster.control.served import served_by_config, served_on_this_machine
 from cluster.errors import UsageError
 from cluster.registry.alias import AliasMove
 from cluster.registry.gc import GRACE_S, collect, pin, pins, unpin
@@ -52,8 +50,11 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None and args.storage is not None:
         raise UsageError("--config and --storage both say where the registry is; give one of them")
     config = load_config(args.config) if args.config is not None else None
-    storage = config.storage_root if config is not None else str(args.storage or DEFAULT_STORAGE)
-    return _ACTIONS[args.models_verb](Registry(storage), config, args)
+    return _ACTIONS[args.models_verb](Registry(_storage(config, args)), config, args)
+
+
+def _storage(config: ClusterConfig | None, args: argparse.Namespace) -> str:
+    return config.storage_root if config is not None else str(args.storage or DEFAULT_STORAGE)
 
 
 @contextmanager
@@ -212,8 +213,7 @@ def _gc(registry: Registry, config: ClusterConfig | None, args: argparse.Namespa
         grace_s = GRACE_S if args.grace is None else parse_seconds(args.grace)
     except ValueError as error:
         raise UsageError(f"--grace: {error}") from error
-    running = {registry.resolve(reference).reference for reference in args.running}
-    running |= _running(registry, config) if config is not None else set()
+    running = _served(registry, _storage(config, args), config, args.running)
     collected = collect(registry, running=running, keep_last=args.keep_last, grace_s=grace_s, dry_run=args.dry_run)
     if args.json:
         _print_json(
@@ -232,17 +232,16 @@ def _gc(registry: Registry, config: ClusterConfig | None, args: argparse.Namespa
     return 0
 
 
-def _running(registry: Registry, config: ClusterConfig) -> set[str]:
-    """What ``config`` serves now or names by ``registry://``, as references; ControlError where that is not known."""
-    status = cluster_status(config.name, ray_of(config).dashboard())
-    served = {model.name: [version.version for version in model.versions] for model in status.models}
-    references = {f"{name}@{version}" for name, versions in served.items() for version in versions}
-    for model in config.models:
-        if isinstance(model.source, RegistrySource):
-            named = model.source.model
-            references.add(registry.resolve(f"{named}@{model.source.reference}").reference)
-            references |= {f"{named}@{version}" for version in served.get(model.name, [])}
-    return references
+def _served(registry: Registry, storage: str, config: ClusterConfig | None, named: list[str] | None) -> set[str]:
+    """References of what runs; ControlError where a cluster does not say, UsageError where nobody can be asked."""
+    if config is None and named is None and "://" in storage.removeprefix("file://"):
+        raise UsageError(
+            f"clusters on other machines may serve from {storage}; give --config FILE to ask one, or name what runs "
+            "with --running (without a name: nothing does)"
+        )
+    references = {registry.resolve(reference).reference for reference in named or ()}
+    references |= served_by_config(config, registry) if config is not None else set()
+    return references | served_on_this_machine(storage)
 
 
 def _pin(registry: Registry, _: ClusterConfig | None, args: argparse.Namespace) -> int:
@@ -337,7 +336,10 @@ def _add_gc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-last", type=int, default=1, metavar="N", help="keep the newest N of each model")
     parser.add_argument("--grace", metavar="TIME", help="keep what is younger than this, such as 30m (default 1h)")
     parser.add_argument(
-        "--running", nargs="*", default=[], metavar="MODEL@VERSION", help="keep these; --config asks its cluster"
+        "--running",
+        nargs="*",
+        metavar="MODEL@VERSION",
+        help="keep these too; local clusters on this machine are asked, one of kind existing only with --config",
     )
 
 

@@ -49,8 +49,12 @@ class LocalState(BaseModel):
 
 def state_directory(config: ClusterConfig) -> Path:
     """Where this machine keeps state and logs of the cluster; under ``~/.manta`` when storage is a URI."""
-    root = Path("~/.manta").expanduser() if "://" in config.storage_root else Path(config.storage_root)
-    return root / "clusters" / config.name
+    return clusters_directory(config.storage_root) / config.name
+
+
+def clusters_directory(storage: str) -> Path:
+    """Where this machine keeps a folder for each cluster with that storage, which is a path or a URI."""
+    return Path("~/.manta" if "://" in storage else storage).expanduser() / "clusters"
 
 
 def read_state(directory: Path) -> LocalState | None:

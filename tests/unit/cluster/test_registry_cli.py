@@ -12,9 +12,12 @@ import pytest
 
 from cluster import cli_models
 from cluster.config.load import load_config
-from cluster.control.state import LocalState, state_directory, write_state
+from cluster.control.state import LocalState, forget_state, state_directory, write_state
 from cluster.errors import AliasConflict, ControlError, RegistryError, UsageError
 from tests.support.tiny_checkpoint import write_checkpoint
+from tests.unit.cluster.recorded_dashboard import RecordedDashboard
+
+SERVE = "/api/serve/applications/"
 
 Manta = Callable[..., tuple[int, str]]
 
@@ -139,6 +142,32 @@ models:
         manta(f"import other --config {config}", storage=None)
     with pytest.raises(UsageError, match="belong to a SOURCE"):
         manta(f"import --config {config} --dtype float16", storage=None)
+
+
+def test_gc_keeps_what_a_local_cluster_of_the_storage_serves_without_being_told(manta: Manta, tmp_path: Path) -> None:
+    for seed in range(3):
+        _import(manta, tmp_path, seed=seed)
+    config = {"import_path": "deployments.app:build_model", "args": {"model": "served-as", "version": "v1"}}
+    config["args"] |= {"registry_name": "tiny"}
+    process = psutil.Process()
+    started = {"pid": process.pid, "started_at": process.create_time(), "temp_dir": "/none", "settings": {}}
+    directory = tmp_path / "storage" / "clusters" / "other"
+    with RecordedDashboard(
+        {SERVE: [{"applications": {"served-as-v1": {"deployed_app_config": config}}}]}
+    ) as dashboard:
+        write_state(directory, LocalState(**started, dashboard_url=dashboard.url))
+        assert _json(manta, "gc --grace 0s --dry-run")["versions"] == []
+    with pytest.raises(ControlError, match="no Ray dashboard answers"):
+        manta("gc --grace 0s")
+    forget_state(directory)
+    manta("alias tiny latest v3")
+    assert _json(manta, "gc --grace 0s")["versions"] == ["tiny@v1"]
+
+
+def test_gc_of_shared_storage_wants_to_be_told_what_runs(manta: Manta) -> None:
+    with pytest.raises(UsageError, match=r"other machines may serve from memory://gc.*--config FILE .*--running"):
+        manta("gc --storage memory://gc", storage=None)
+    assert manta("gc --storage memory://gc --running", storage=None)[0] == 0
 
 
 def test_gc_removes_nothing_while_it_is_not_known_what_runs(manta: Manta, tmp_path: Path) -> None:
