@@ -21,7 +21,7 @@ from cluster import cli_models
 from cluster.config.load import load_config
 from cluster.config.schema import ClusterConfig, json_schema
 from cluster.control.apply import down, plan_actions, up
-from cluster.control.ask import Gateway
+from cluster.control.ask import CHAT_TEMPERATURE, Gateway
 from cluster.control.chat import answer_once, converse
 from cluster.control.dashboard import Dashboard
 from cluster.control.logs import LogLine, follow_logs, log_files, read_logs
@@ -121,6 +121,9 @@ def _add_chat(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     chat = _add(verbs, "chat", _chat, "talk to a model; without PROMPT, a conversation", as_json=False)
     chat.add_argument("model", metavar="MODEL", help="name of the model in the YAML")
     chat.add_argument("prompt", metavar="PROMPT", nargs="?", help="one question; - reads it from standard input")
+    chat.add_argument(
+        "--temperature", type=float, default=CHAT_TEMPERATURE, help="0 is greedy, 2 is wild (default %(default)s)"
+    )
     where = chat.add_mutually_exclusive_group()
     where.add_argument("--config", type=Path, metavar="CONFIG", help="the YAML file that says where the gateway is")
     where.add_argument("--url", help=f"base URL of the gateway (default {_DEFAULT_URL})")
@@ -218,7 +221,7 @@ def _down(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     url = base_url(load_config(args.config)) if args.config is not None else args.url or _DEFAULT_URL
-    gateway = Gateway(url)
+    gateway = Gateway(url, temperature=args.temperature)
     if args.prompt is None and sys.stdin.isatty():
         import readline  # noqa: F401, PLC0415 (gives input() line editing and history; only a conversation wants it)
 

@@ -15,11 +15,16 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 ChatMessage = dict[str, str]
 
+CHAT_TEMPERATURE = 0.3
+"""Small models ramble at OpenAI's default of 1."""
+
 
 class Gateway:
     """A client of one gateway; ``url`` is its base, such as ``http://127.0.0.1:8000``."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, temperature: float = CHAT_TEMPERATURE) -> None:
+        """``temperature`` is that of conversations; :meth:`chat` and :meth:`complete` are greedy."""
+        self._temperature = temperature
         self.url = url.rstrip("/").removesuffix("/v1")
         self._session = requests.Session()
         if urlsplit(self.url).hostname in _LOOPBACK:
@@ -42,7 +47,7 @@ class Gateway:
 
     def stream_chat(self, model: str, messages: list[ChatMessage]) -> Generator[str, None, None]:
         """Pieces of the answer as they come; closing the iterator cancels the request."""
-        body = {"model": model, "messages": messages, "stream": True}
+        body = {"model": model, "messages": messages, "stream": True, "temperature": self._temperature}
         with self._post("/v1/chat/completions", body, stream=True) as response:
             response.encoding = "utf-8"
             try:

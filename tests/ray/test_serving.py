@@ -1,11 +1,15 @@
 """The whole request path on a real cluster, driven by OpenAI's client and by the command line."""
 
+import json
+import re
 import threading
+import time
 from pathlib import Path
 
 import openai
 import psutil
 import pytest
+import requests
 from transformers import AutoModelForCausalLM
 
 from tests.support.running import Cluster
@@ -91,6 +95,25 @@ def test_status_lists_every_stage(cluster: Cluster) -> None:
         assert stage["node"]
         assert stage["state"]
     assert len(models["tiny-embed"]["versions"][0]["replicas"][0]["stages"]) == 1
+
+
+def test_metrics_follow_requests_from_gateway_to_stages(cluster: Cluster, client: openai.OpenAI) -> None:
+    complete(client)
+    targets = json.loads((cluster.temp_dir / "prom_metrics_service_discovery.json").read_text())[0]["targets"]
+    wanted = {
+        'ray_manta_generation_tokens_total{.*endpoint="/v1/completions".*model="tiny"',
+        'ray_manta_time_to_first_token_seconds_bucket{.*model="tiny"',
+        'ray_manta_kv_cache_usage{.*model="tiny"',
+        'ray_manta_stage_compute_seconds_total{.*model="tiny".*stage="0"',
+        'ray_manta_stage_compute_seconds_total{.*model="tiny".*stage="1"',
+    }
+    deadline = time.monotonic() + 60
+    while wanted:
+        assert time.monotonic() < deadline, f"never exported: {wanted}"
+        complete(client)
+        exported = "".join(requests.get(f"http://{target}/metrics", timeout=10).text for target in targets)
+        wanted = {line for line in wanted if not re.search(line, exported)}
+        time.sleep(1)
 
 
 def test_a_second_up_changes_nothing_and_says_so(cluster: Cluster) -> None:
