@@ -124,6 +124,7 @@ def _add_chat(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     chat.add_argument(
         "--temperature", type=float, default=CHAT_TEMPERATURE, help="0 is greedy, 2 is wild (default %(default)s)"
     )
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="end each answer after N tokens")
     where = chat.add_mutually_exclusive_group()
     where.add_argument("--config", type=Path, metavar="CONFIG", help="the YAML file that says where the gateway is")
     where.add_argument("--url", help=f"base URL of the gateway (default {_DEFAULT_URL})")
@@ -221,7 +222,7 @@ def _down(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     url = base_url(load_config(args.config)) if args.config is not None else args.url or _DEFAULT_URL
-    gateway = Gateway(url, temperature=args.temperature)
+    gateway = Gateway(url, temperature=args.temperature, max_answer_tokens=args.max_tokens)
     if args.prompt is None and sys.stdin.isatty():
         import readline  # noqa: F401, PLC0415 (gives input() line editing and history; only a conversation wants it)
 

@@ -22,9 +22,13 @@ CHAT_TEMPERATURE = 0.3
 class Gateway:
     """A client of one gateway; ``url`` is its base, such as ``http://127.0.0.1:8000``."""
 
-    def __init__(self, url: str, *, temperature: float = CHAT_TEMPERATURE) -> None:
-        """``temperature`` is that of conversations; :meth:`chat` and :meth:`complete` are greedy."""
-        self._temperature = temperature
+    def __init__(
+        self, url: str, *, temperature: float = CHAT_TEMPERATURE, max_answer_tokens: int | None = None
+    ) -> None:
+        """``temperature`` and ``max_answer_tokens`` (None: the context) are those of :meth:`stream_chat`."""
+        self._chat_params: dict[str, float | int] = {"temperature": temperature}
+        if max_answer_tokens is not None:
+            self._chat_params["max_tokens"] = max_answer_tokens
         self.url = url.rstrip("/").removesuffix("/v1")
         self._session = requests.Session()
         if urlsplit(self.url).hostname in _LOOPBACK:
@@ -47,7 +51,7 @@ class Gateway:
 
     def stream_chat(self, model: str, messages: list[ChatMessage]) -> Generator[str, None, None]:
         """Pieces of the answer as they come; closing the iterator cancels the request."""
-        body = {"model": model, "messages": messages, "stream": True, "temperature": self._temperature}
+        body = {"model": model, "messages": messages, "stream": True, **self._chat_params}
         with self._post("/v1/chat/completions", body, stream=True) as response:
             response.encoding = "utf-8"
             try:

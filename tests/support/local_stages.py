@@ -15,7 +15,13 @@ from deployments.stage.worker import EmbedRunner, StagePosition, StageWorker, St
 
 
 def load_runners(
-    directory: Path, borders: Sequence[int], *, num_blocks: int = 64, block_tokens: int = 4, dtype: str = "float32"
+    directory: Path,
+    borders: Sequence[int],
+    *,
+    num_blocks: int = 64,
+    block_tokens: int = 4,
+    dtype: str = "float32",
+    device: str = "cpu",
 ) -> list[StageRunner]:
     """One runner per pair of neighbouring ``borders``: [0, 3, 4] is two stages of 3 and 1 layers."""
     return [
@@ -24,7 +30,7 @@ def load_runners(
                 directory=directory,
                 part=StageSlice(start=start, stop=stop, is_first=start == 0, is_last=stop == borders[-1]),
                 dtype=getattr(torch, dtype),
-                device=torch.device("cpu"),
+                device=torch.device(device),
                 context_tokens=128,
                 num_blocks=num_blocks,
                 block_tokens=block_tokens,

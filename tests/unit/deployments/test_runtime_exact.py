@@ -16,8 +16,8 @@ BLOCK_TOKENS = 4
 NUM_BLOCKS = 64
 
 
-def make_runners(directory: Path, borders: list[int]) -> list[StageRunner]:
-    return load_runners(directory, borders, num_blocks=NUM_BLOCKS, block_tokens=BLOCK_TOKENS)
+def make_runners(directory: Path, borders: list[int], device: str = "cpu") -> list[StageRunner]:
+    return load_runners(directory, borders, num_blocks=NUM_BLOCKS, block_tokens=BLOCK_TOKENS, device=device)
 
 
 def run_step(runners: list[StageRunner], step: StepInput) -> dict[int, int]:
@@ -68,6 +68,15 @@ def test_greedy_tokens_equal_transformers_for_every_cut(model_type: str, tmp_pat
     assert len({token for tokens in expected for token in tokens}) > 8, "the reference is too dull to tell mistakes"
     for borders in ([0, 4], [0, 2, 4], [0, 3, 4], [0, 1, 2, 4]):
         assert generate(make_runners(tmp_path, borders), PROMPTS, 16, chunk=7) == expected, borders
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_greedy_tokens_equal_transformers_on_cuda(model_type: str, tmp_path: Path) -> None:
+    reference = save_tiny_model(tmp_path, model_type)
+    expected = [greedy(reference, prompt, 16) for prompt in PROMPTS]
+    for borders in ([0, 4], [0, 1, 2, 4]):
+        assert generate(make_runners(tmp_path, borders, "cuda"), PROMPTS, 16, chunk=7) == expected, borders
 
 
 def test_company_and_chunk_size_do_not_change_tokens(tmp_path: Path) -> None:
