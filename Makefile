@@ -42,7 +42,8 @@ check: .venv/.installed-dev
 	$(BIN)/lint-imports
 
 test-unit: .venv/.installed-dev
-	$(BIN)/python -m pytest tests/unit tests/contracts
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
+	$(BIN)/python -m pytest tests/contracts
 
 # Two runs: the second one starts clusters, and must not inherit a process that has loaded half of everything.
 test: test-unit

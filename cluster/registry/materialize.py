@@ -25,23 +25,26 @@ _verified: set[Path] = set()
 def materialize(registry: Registry, version: ModelVersion, *, progress: Progress = no_progress) -> Path:
     """A local directory with the files of ``version``, verified; read it, never write it.
 
-    A damaged download is fetched again once. RegistryError naming file and digests when the bytes are still wrong.
+    A directory that was damaged since is made anew. RegistryError naming file and digests when the registry's own
+    bytes are wrong.
     """
     directory = registry.cache / "models" / version.name / f"{version.version}-{version.content_digest[:16]}"
     if directory in _verified and directory.is_dir():
         return directory
-    if directory.is_dir():
-        if _damaged(version, directory, progress) is None:
-            _verified.add(directory)
-            return directory
-        remove_folder(directory)
-    _build(registry, version, directory, progress)
-    damaged = _damaged(version, directory, progress)
-    if damaged is not None:
-        remove_folder(directory)
-        raise RegistryError(damaged)
+    if directory.is_dir() and _damaged(version, directory, progress) is not None:
+        _set_aside(directory)
+    if not directory.is_dir():
+        _build(registry, version, directory, progress)
     _verified.add(directory)
     return directory
+
+
+def _set_aside(directory: Path) -> None:
+    """Remove a directory so that others see it whole or not at all."""
+    grave = _temporary(directory.parent)
+    with suppress(OSError):  # another process was first
+        os.rename(directory, grave)
+    remove_folder(grave)
 
 
 def verify(
@@ -101,6 +104,9 @@ def _build(registry: Registry, version: ModelVersion, directory: Path, progress:
             target = temporary / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
             _place(registry, version, entry, target, count)
+        damaged = _damaged(version, temporary, progress)
+        if damaged is not None:
+            raise RegistryError(damaged)
         with suppress(OSError):  # another process was first: its directory is as good
             os.rename(temporary, directory)
     finally:

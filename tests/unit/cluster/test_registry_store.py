@@ -196,7 +196,8 @@ def test_damaged_download_is_fetched_again(checkpoint: Path, tmp_path: Path, mon
     assert (materialize(registry, version) / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
 
 
-def test_many_readers_at_once(registry: Registry, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_readers_at_once(tmp_path: Path, checkpoint: Path) -> None:
+    registry = Registry(str(tmp_path / "storage"))  # readers of memory:// would share one file position
     version = registry.publish("tiny", checkpoint, SPEC)
     with ThreadPoolExecutor(8) as pool:
         directories = set(pool.map(lambda _: materialize(registry, version), range(16)))
