@@ -25,7 +25,7 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 STORAGE = Path.home() / ".cache" / "manta-tests"
 MODEL = "smollm2"
 WARM_UP_S = 4.0
-SECONDS = 20.0
+SECONDS = 15.0
 
 
 def main() -> None:
