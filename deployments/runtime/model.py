@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from deployments.runtime import attention
+from deployments.runtime.quantize import Quantization
+from deployments.runtime.rounding import round_weights
 from deployments.runtime.support import UnsupportedModelError, check_supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,12 +40,19 @@ class PassThrough(nn.Module):
 
 
 def load_stage(
-    directory: Path, part: StageSlice, *, dtype: torch.dtype, device: torch.device, context_tokens: int
+    directory: Path,
+    part: StageSlice,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    context_tokens: int,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The causal language model in ``directory`` with only ``part`` present, on ``device``, ready for inference.
 
-    Reads only the tensors of the slice (safetensors, memory-mapped). Raises UnsupportedModelError when the
-    architecture cannot be cut, ValueError when the checkpoint lacks a tensor.
+    Reads only the tensors of the slice (safetensors, memory-mapped). With ``quantization``, weights have the values
+    of quantized ones. Raises UnsupportedModelError when the architecture cannot be cut or quantized, ValueError when
+    the checkpoint lacks a tensor.
     """
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     num_stages = 1 if part.is_first and part.is_last else 2
@@ -62,6 +71,8 @@ def load_stage(
     if info["missing_keys"]:
         raise ValueError(f"{directory} lacks the tensors {', '.join(sorted(info['missing_keys']))}")
     model.eval().requires_grad_(False)
+    if quantization is not None:
+        round_weights(model, quantization)
     if not part.is_first:
         _check_passes_hidden_through(model, dtype=dtype, device=device)
     return cast(PreTrainedModel, model)

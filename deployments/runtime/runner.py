@@ -9,6 +9,7 @@ from deployments.messages import Sample, StepInput
 from deployments.runtime.attention import PagedStep
 from deployments.runtime.kv_cache import KVCache, lay_out
 from deployments.runtime.model import StageSlice, load_stage
+from deployments.runtime.quantize import Quantization
 from deployments.runtime.sample import Sampler
 
 
@@ -23,6 +24,7 @@ class RunnerConfig:
     context_tokens: int
     num_blocks: int
     block_tokens: int
+    quantization: Quantization | None = None
 
 
 class StageRunner:
@@ -37,6 +39,7 @@ class StageRunner:
             dtype=config.dtype,
             device=config.device,
             context_tokens=config.context_tokens,
+            quantization=config.quantization,
         )
         text = self.model.config
         self.dtype = config.dtype

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from deployments.runtime.model import StageSlice
+from deployments.runtime.quantize import Quantization
 from deployments.runtime.runner import RunnerConfig, StageRunner
 from deployments.stage.link import StageAddress, StageLink
 from deployments.stage.worker import EmbedRunner, StagePosition, StageWorker, StepRunner
@@ -22,6 +23,7 @@ def load_runners(
     block_tokens: int = 4,
     dtype: str = "float32",
     device: str = "cpu",
+    quantization: Quantization | None = None,
 ) -> list[StageRunner]:
     """One runner per pair of neighbouring ``borders``: [0, 3, 4] is two stages of 3 and 1 layers."""
     return [
@@ -34,6 +36,7 @@ def load_runners(
                 context_tokens=128,
                 num_blocks=num_blocks,
                 block_tokens=block_tokens,
+                quantization=quantization,
             )
         )
         for start, stop in pairwise(borders)
