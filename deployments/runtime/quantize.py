@@ -2,7 +2,8 @@
 
     weight[n, k]  ~  q[n, k] * scales[n, k // group_size]
 
-Symmetric (no zero point), one float32 scale per row and group of ``group_size`` columns, rounded half to even. The
+Symmetric (no zero point), one float32 scale per row and group of ``group_size`` columns, rounded half to even. With 8
+bits a group is a whole row, so that native kernels sum a row in integers; with 4 bits it is 64 columns. The
 definition is pure torch and the only one: native kernels pack what :func:`quantize` returns, the torch path computes
 with :func:`dequantize` of it. Which tensors are quantized is :func:`quantized_bits`.
 
@@ -20,6 +21,7 @@ Quantization = Literal["int8", "int4"]
 Bits = Literal[4, 8]
 
 GROUP_SIZE = 64
+"""Columns that share a scale with 4 bits."""
 HEAD_BITS: Bits = 8
 """The output head decides between all tokens; it is never coarser than this."""
 
@@ -59,13 +61,14 @@ def quantized_bits(name: str, shape: Sequence[int], quantization: Quantization |
     return _LAYER_BITS[quantization] if _LAYER_WEIGHT.search(name) else None
 
 
-def quantize(weight_NK: torch.Tensor, *, bits: Bits, group_size: int = GROUP_SIZE) -> QuantizedWeight:
+def quantize(weight_NK: torch.Tensor, *, bits: Bits, group_size: int | None = None) -> QuantizedWeight:
     """Quantize a matrix; any float dtype, on any device, result on the same device.
 
     8 bits: scale = absmax / 127. 4 bits: scale = the value of largest magnitude / -8, so that all sixteen levels are
-    used. A group of zeros has scale 0. Raises ValueError when ``weight_NK`` holds an infinity or NaN.
+    used. A group of zeros has scale 0. ``group_size`` None is a whole row for 8 bits, 64 for 4 bits. Raises ValueError when ``weight_NK`` holds an infinity or NaN.
     """
     num_rows, num_columns = weight_NK.shape
+    group_size = group_size or (num_columns if bits == 8 else GROUP_SIZE)
     num_groups = -(-num_columns // group_size)
     q_NK = torch.empty((num_rows, num_columns), dtype=torch.int8, device=weight_NK.device)
     scales_NG = torch.empty((num_rows, num_groups), dtype=torch.float32, device=weight_NK.device)
