@@ -118,6 +118,58 @@ def _digest_has_one_file(config: ClusterConfig, index: int) -> Iterator[Finding]
         )
 
 
+def _quantization_is_possible(config: ClusterConfig, index: int) -> Iterator[Finding]:
+    model = config.models[index]
+    if model.quantization is None:
+        return
+    at, value = _at(index, "quantization"), model.quantization
+    if model.task != "generate":
+        yield Finding(
+            at=at,
+            message=f"is not possible for a model with task {model.task}",
+            value=value,
+            limit="models with task generate",
+            remedy="remove quantization",
+        )
+    elif model.device != "cpu":
+        yield Finding(
+            at=at,
+            message="has no kernels on a GPU",
+            value=value,
+            limit="device cpu",
+            remedy="remove quantization, or set device to cpu",
+        )
+    elif model.dtype != "bfloat16":
+        yield Finding(
+            at=at,
+            message=f"has no kernels that compute in {model.dtype}",
+            value=value,
+            limit="dtype bfloat16, in which everything but the quantized weights stays",
+            remedy="remove quantization, or set dtype to bfloat16",
+        )
+
+
+def _native_kernels_are_possible(config: ClusterConfig, index: int) -> Iterator[Finding]:
+    model = config.models[index]
+    if model.kernels != "native":
+        return
+    reasons = {
+        "task": (model.task, "generate"),
+        "device": (model.device, "cpu"),
+        "dtype": (model.dtype, "bfloat16"),
+    }
+    for key, (written, needed) in reasons.items():
+        if written != needed:
+            yield Finding(
+                at=_at(index, "kernels"),
+                message=f"do not exist for {key} {written}",
+                value="native",
+                limit="task generate, device cpu and dtype bfloat16",
+                remedy=f"set kernels to auto, or {key} to {needed}",
+            )
+            return
+
+
 def _cuda_has_gpus(config: ClusterConfig, index: int) -> Iterator[Finding]:
     model = config.models[index]
     if model.device == "cuda" and model.resources.stage_gpus == 0:
@@ -257,6 +309,8 @@ MODEL_RULES: tuple[ModelRule, ...] = (
     _step_holds_a_token_each,
     _step_timeout_is_shorter,
     _digest_has_one_file,
+    _quantization_is_possible,
+    _native_kernels_are_possible,
     _cuda_has_gpus,
     _gpu_share_is_whole,
     _some_node_has_gpus,

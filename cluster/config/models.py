@@ -11,6 +11,8 @@ from cluster.config.sources import Source
 
 Task = Literal["generate", "embed"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "int4"]
+Kernels = Literal["auto", "native", "torch"]
 
 AUTO_KV_CONTEXTS = 8
 """``kv_cache.tokens: auto`` holds this many full contexts."""
@@ -116,6 +118,11 @@ class ModelConfig(StrictModel):
     """``generate`` writes text, ``embed`` turns text into vectors."""
     dtype: Dtype = "bfloat16"
     """Number format of weights and computation; ``float32`` is exact and twice the size."""
+    quantization: Quantization | None = None
+    """Weights of the layers in 8 or 4 bits, made when stages load: a half or a quarter of the memory to read for each
+    token. What it costs in quality, `manta quality` measures."""
+    kernels: Kernels = "auto"
+    """What computes on CPUs: ``native`` kernels, ``torch``, or ``auto``: native where processor and model allow."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where stages compute; ``cuda`` needs nodes with GPUs and ``resources.stage_gpus``."""
     context_tokens: Tokens = 2048

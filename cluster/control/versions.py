@@ -65,5 +65,6 @@ def _known(registry: Registry, version: ModelVersion) -> KnownVersion:
         version=version.version,
         created=int(version.created),
         facts=read_facts(registry, version),
+        quantization=version.quantization,
         chat_template=version.chat_template,
     )

@@ -21,6 +21,7 @@ from cluster.plan.types import (
     ModelPlan,
     NodePlan,
     Plan,
+    Quantization,
     ReplicaRange,
     StagePlan,
 )
@@ -92,7 +93,7 @@ def _model_plan(
 def _app_args(
     model: ModelConfig, version: KnownVersion, storage: str, nodes: Sequence[NodePlan], code_digest: str
 ) -> ModelAppArgs:
-    _check_facts(model, version.facts)
+    _check_version(model, version)
     path = f"models.{model.name}.pipeline"
     if model.pipeline.split is not None:
         return _with_stages(
@@ -127,8 +128,14 @@ def _reserves_memory(model: ModelConfig, nodes: Sequence[NodePlan]) -> bool:
     return on_host and model.resources.reserve_memory and all("memory" in node.resources for node in nodes)
 
 
-def _check_facts(model: ModelConfig, facts: ModelFacts) -> None:
-    path = f"models.{model.name}"
+def _check_version(model: ModelConfig, version: KnownVersion) -> None:
+    path, facts = f"models.{model.name}", version.facts
+    if version.quantization is not None:
+        raise PlanError(
+            f"{path}.source: the weights of {version.name}@{version.version} are stored quantized "
+            f"({version.quantization}, by its config.json), and only plain weights can be served; use the checkpoint "
+            "it was made from, and set quantization: int8 or int4 to quantize it as it is loaded"
+        )
     if model.context_tokens > facts.max_context_tokens:
         raise PlanError(
             f"{path}.context_tokens: {model.context_tokens} tokens, but {facts.architecture} was trained for "
@@ -157,6 +164,8 @@ def _with_stages(
         storage=storage,
         task=model.task,
         dtype=model.dtype,
+        quantization=model.quantization,
+        kernels=model.kernels,
         device=model.device,
         context_tokens=model.context_tokens,
         block_tokens=model.kv_cache.block_tokens,
@@ -213,10 +222,17 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
         layer_stop=stop,
         has_embedding=start == 0,
         has_head=last,
-        weight_bytes=weight_bytes(facts, start=start, stop=stop, dtype=model.dtype),
+        weight_bytes=weight_bytes(
+            facts, start=start, stop=stop, dtype=model.dtype, quantization=_quantization_in_memory(model)
+        ),
         kv_bytes=kv_bytes(facts, shape, stop - start),
         activation_bytes=activation_bytes(facts, shape, last=last),
     )
+
+
+def _quantization_in_memory(model: ModelConfig) -> Quantization | None:
+    """Without native kernels, quantized weights are unpacked to ``dtype`` as they are loaded."""
+    return None if model.kernels == "torch" else model.quantization
 
 
 def _notes(
@@ -233,6 +249,12 @@ def _notes(
         "replicas above what fits stay pending"
         for args in apps
         if args.replicas.max > args.replicas.min and not maximum_fits(args, apps, gateway, nodes)
+    )
+    notes.extend(
+        f"{args.model}: quantization {args.quantization} with kernels torch changes answers, but saves neither "
+        "memory nor time; kernels auto does where the processor allows"
+        for args in apps
+        if args.quantization is not None and args.kernels == "torch"
     )
     notes.extend(
         f"{args.model}: GPU memory is not checked; its largest stage needs about "

@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 
-from cluster.plan.types import Dtype, ModelFacts
+from cluster.plan.types import Dtype, ModelFacts, Quantization
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTIZED_BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
+_HEAD_BITS = 8
+_GROUP_SIZE = 64
+"""Quantized weights that share one float32 scale."""
 _FLOAT32_BYTES = 4
 _MAX_PADDING = 2
 """Padded area of gathered contexts over their tokens, at most."""
@@ -21,20 +25,35 @@ class StepShape:
     block_tokens: int
 
 
-def weight_bytes(facts: ModelFacts, *, start: int, stop: int, dtype: Dtype) -> int:
+def weight_bytes(
+    facts: ModelFacts, *, start: int, stop: int, dtype: Dtype, quantization: Quantization | None = None
+) -> int:
     """Bytes of the parameters of layers ``start .. stop`` and of what stands before the first and after the last.
 
-    A tied output head is the embedding's own tensor, so a last stage that is not the first holds a second copy.
+    A tied output head is the embedding's own tensor, so a last stage that is not the first holds a second copy; a
+    quantized one is always a second tensor. Norms and biases count as if they were quantized with the matrices of
+    their layers; they are less than a thousandth of a layer.
     """
-    params = sum(facts.layer_params[start:stop])
+    size = DTYPE_BYTES[dtype]
+    layers = sum(facts.layer_params[start:stop])
     first, last = start == 0, stop == facts.num_layers
-    if first:
-        params += facts.embedding_params
-    if last:
-        params += facts.other_params + facts.head_params
-    if last and facts.tied_head and not first:
-        params += facts.embedding_params
-    return params * DTYPE_BYTES[dtype]
+    head = (facts.embedding_params if facts.tied_head else facts.head_params) if last else 0
+    embedding = facts.embedding_params if first else 0
+    other = facts.other_params * size if last else 0
+    if quantization is None:
+        shared = first and facts.tied_head
+        return (layers + embedding + (0 if shared else head)) * size + other
+    return (
+        _quantized_bytes(layers, QUANTIZED_BITS[quantization])
+        + embedding * size
+        + _quantized_bytes(head, _HEAD_BITS)
+        + other
+    )
+
+
+def _quantized_bytes(num_params: int, bits: int) -> int:
+    """Packed integers and their scales."""
+    return num_params * bits // 8 + -(-num_params // _GROUP_SIZE) * _FLOAT32_BYTES
 
 
 def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype) -> int:

@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from cluster.config.models import Dtype as Dtype
+from cluster.config.models import Kernels as Kernels
+from cluster.config.models import Quantization as Quantization
 from cluster.config.models import Task as Task
 
 
@@ -83,6 +85,9 @@ class ModelAppArgs(PlanModel):
     """Root of storage; the registry lives under ``<storage>/registry``."""
     task: Task
     dtype: Dtype
+    quantization: Quantization | None
+    """Format of the matrices of the layers; None is ``dtype``, like everything else."""
+    kernels: Kernels
     device: Literal["cpu", "cuda"]
     context_tokens: int
     block_tokens: int
@@ -175,6 +180,8 @@ class KnownVersion(PlanModel):
     created: int
     """Unix time it was published, seconds."""
     facts: ModelFacts
+    quantization: str | None = None
+    """Method by which the stored weights are quantized; None for plain ones."""
     chat_template: bool = True
     """Whether its files say how a conversation is written as text."""
 

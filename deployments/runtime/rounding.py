@@ -16,7 +16,7 @@ def round_weights(model: PreTrainedModel, quantization: Quantization) -> None:
     """Replace every weight that ``quantization`` covers by its dequantized values, in the model's own dtype.
 
     An output head that shares the embedding's tensor gets one of its own, because the embedding stays as it is.
-    Raises UnsupportedModelError when the layers' weights are not matrices with names that :func:`quantized_bits` knows.
+    Raises UnsupportedModelError when the layers' weights are not matrices, or have names that are not expected.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,6 +12,7 @@ from deployments.runtime.kv_cache import KVCache, lay_out
 from deployments.runtime.model import StageSlice, load_stage
 from deployments.runtime.quantize import Quantization
 from deployments.runtime.sample import Sampler
+from deployments.runtime.support import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +27,15 @@ class RunnerConfig:
     num_blocks: int
     block_tokens: int
     quantization: Quantization | None = None
+    kernels: Literal["auto", "native", "torch"] = "auto"
 
 
 class StageRunner:
     """The slice's model with its KV cache and, on the last stage, the sampler. Not thread-safe."""
 
     def __init__(self, config: RunnerConfig) -> None:
+        if config.kernels == "native":
+            raise UnsupportedModelError("no native kernels for this processor; set kernels to auto")
         self._part = config.part
         self._device = config.device
         self.model = load_stage(

@@ -67,6 +67,8 @@ class StageActor:
                 context_tokens=self._args.context_tokens,
                 num_blocks=self._args.num_blocks,
                 block_tokens=self._args.block_tokens,
+                quantization=self._args.quantization,
+                kernels=self._args.kernels,
             )
         )
 

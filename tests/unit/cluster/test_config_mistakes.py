@@ -256,6 +256,23 @@ MISTAKES = {
     "step over request": in_model(
         "timeouts: {request: 5s, step: 1m} #!", "timeouts.step", "whole request", "5s or less"
     ),
+    "wrong quantization": in_model(
+        "quantization: int5 #!", "quantization", "not one of the choices", "write int8 or int4"
+    ),
+    "wrong kernels": in_model("kernels: nativ #!", "kernels", "not one of the choices", "did you mean native?"),
+    "embed quantized": in_model(
+        "task: embed\nquantization: int8 #!", "quantization", "with task embed", "remove quantization"
+    ),
+    "quantized on a GPU": in_model(
+        "quantization: int4 #!\ndevice: cuda\nresources: {stage_gpus: 1}", "quantization", "GPU", "device to cpu"
+    ),
+    "quantized in float32": m(
+        TAIL, "    dtype: float32\n    quantization: int8 #!", "models[0].quantization", "float32", "to bfloat16"
+    ),
+    "native in float32": m(
+        TAIL, "    dtype: float32\n    kernels: native #!", "models[0].kernels", "dtype float32", "dtype to bfloat16"
+    ),
+    "native embedding": in_model("task: embed\nkernels: native #!", "kernels", "task embed", "set kernels to auto"),
     "cuda without GPU node": in_model(
         "device: cuda #!\nresources: {stage_gpus: 1}", "device", "no node has one", "`GPU: 1`"
     ),

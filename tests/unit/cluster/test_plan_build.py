@@ -99,6 +99,29 @@ def test_the_wrong_task_is_refused():
         build_plan(config(), {"smollm2": known(model_facts=facts(task="embed"))}, "d")
 
 
+def test_weights_that_are_stored_quantized_are_refused():
+    packed = known().model_copy(update={"quantization": "gptq"})
+    with pytest.raises(
+        PlanError, match=r"models\.smollm2\.source: .*smollm2@v1 are stored quantized \(gptq.*int8 or"
+    ):
+        build_plan(config(), {"smollm2": packed}, "d")
+
+
+def test_quantization_is_counted_except_where_torch_unpacks_the_weights():
+    def planned(lines: str) -> Plan:
+        return build_plan(config(SMOLLM2 + lines), {"smollm2": known()}, "d")
+
+    def weights(plan: Plan) -> int:
+        return sum(stage.weight_bytes for stage in plan.models[0].args.stages)
+
+    plain, packed = planned(""), planned("    quantization: int4\n")
+    unpacked = planned("    quantization: int4\n    kernels: torch\n")
+    assert weights(packed) < 0.5 * weights(plain)
+    assert weights(unpacked) == weights(plain)
+    assert packed.notes == ()
+    assert "saves neither memory nor time" in unpacked.notes[0]
+
+
 def test_a_maximum_that_does_not_fit_is_a_note_and_so_is_missing_room_for_an_update():
     tight = "    - {name: box, resources: {CPU: 2, memory: 1GiB}}\n"
     plan = build_plan(config(SMOLLM2, tight), {"smollm2": known()}, "d")

@@ -80,6 +80,14 @@ def test_changed_arguments_update_the_application_in_place():
     ]
 
 
+@pytest.mark.parametrize("line", ["quantization: int8", "kernels: torch"])
+def test_quantization_and_kernels_restart_the_replicas(line):
+    assert kinds(plan(models=f"{SMOLLM2}    {line}\n"), running(plan())) == [
+        ("deploy_apps", "smollm2-v1"),
+        ("await_apps", "smollm2-v1"),
+    ]
+
+
 def test_changed_code_updates_everything():
     assert kinds(plan(digest="other"), running(plan())) == [
         ("deploy_apps", "smollm2-v1", "gateway"),

@@ -33,6 +33,21 @@ def test_untied_stages_add_up_to_the_whole_model(cuts):
     assert parts == weight_bytes(untied, start=0, stop=30, dtype="float16")
 
 
+@pytest.mark.parametrize(("quantization", "bytes_of_64"), [("int8", 64 + 4), ("int4", 32 + 4)])
+def test_quantized_layers_are_integers_and_scales_beside_the_embedding_and_a_head_in_8_bits(
+    quantization, bytes_of_64
+):
+    layers = 30 * SMOLLM2_LAYER_PARAMS // 64 * bytes_of_64
+    head = 28_311_552 // 64 * 68
+    whole = weight_bytes(facts(), start=0, stop=30, dtype="bfloat16", quantization=quantization)
+    assert whole == layers + head + (28_311_552 + 576) * 2
+    parts = [
+        weight_bytes(facts(), start=start, stop=stop, dtype="bfloat16", quantization=quantization)
+        for start, stop in ((0, 10), (10, 30))
+    ]
+    assert sum(parts) == whole, "a quantized head shares no tensor with the embedding, on one stage or two"
+
+
 def test_kv_cache_is_blocks_times_layers_times_keys_and_values():
     assert kv_bytes(facts(), SHAPE, 19) == 1024 * 16 * 19 * 2 * 3 * 64 * 2
 
