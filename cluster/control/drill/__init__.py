@@ -1,0 +1,1 @@
+"""Promises while the cluster is hurt and changed: asks -> client -> traffic -> scenarios -> judge -> table."""
