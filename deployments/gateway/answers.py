@@ -214,17 +214,22 @@ class DetokenizeResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HealthModel(msgspec.Struct, frozen=True, kw_only=True):
-    """One served model and how many replicas it has."""
+    """One served model, how many replicas it has, and how busy they are."""
 
     model: str
     task: Literal["generate", "embed"]
     num_replicas: int
+    num_running: int
+    num_waiting: int
+    kv_used_fraction: float
 
 
 class HealthResponse(msgspec.Struct, frozen=True, kw_only=True):
     """Answer of ``GET /health`` when requests can be answered."""
 
     status: Literal["ok"]
+    num_requests: int
+    """In flight in the gateway process that answers."""
     models: list[HealthModel]
 
 

@@ -32,16 +32,17 @@ def create_app(
     that is silent for ``heartbeat_s`` gets a comment. ``answers_request_id`` is False behind a server that writes the
     ``x-request-id`` response header itself, as Ray Serve does: it would be there twice.
     """
+    permits = Permits()
     app = FastAPI(title="Manta", version="1", description=_DESCRIPTION, redirect_slashes=False, redoc_url=None)
     app.add_middleware(
         Gate,
         settings=lambda: backend.table.settings,
         telemetry=telemetry if telemetry is not None else NoTelemetry(),
-        permits=Permits(),
+        permits=permits,
         answers_request_id=answers_request_id,
     )
     app.add_exception_handler(HTTPException, _answer_http_error)  # type: ignore[arg-type]
-    Endpoints(backend, heartbeat_s).add_to(app)
+    Endpoints(backend, heartbeat_s, permits).add_to(app)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
 

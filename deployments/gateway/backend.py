@@ -45,6 +45,12 @@ class ModelHealth:
     model: str
     task: Task
     num_replicas: int
+    num_running: int
+    """Sequences in the running batches of all replicas, as they said last (about once a second)."""
+    num_waiting: int
+    """Requests that wait for a place in a batch."""
+    kv_used_fraction: float
+    """Of the replica that has the least room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

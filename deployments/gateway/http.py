@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cluster.plan.types import Route, Task
+from deployments.gateway.admission import Permits
 from deployments.gateway.answers import (
     DetokenizeResponse,
     Embedding,
@@ -70,8 +71,9 @@ AnyRequest = TypeVar("AnyRequest", bound=ModelRequest)
 class Endpoints:
     """One method a route; stateless but for the backend."""
 
-    def __init__(self, backend: Backend, heartbeat_s: float) -> None:
+    def __init__(self, backend: Backend, heartbeat_s: float, permits: Permits) -> None:
         self._backend = backend
+        self._permits = permits
         self._heartbeat_s = heartbeat_s
 
     def add_to(self, app: FastAPI) -> None:
@@ -147,7 +149,8 @@ class Endpoints:
         health = self._backend.health()
         if health.status != "ok":
             raise ApiError("unavailable", f"The server is {health.status}.", retry_after_s=1.0)
-        return _json(HealthResponse(status="ok", models=[HealthModel(**asdict(model)) for model in health.models]))
+        models = [HealthModel(**asdict(model)) for model in health.models]
+        return _json(HealthResponse(status="ok", num_requests=self._permits.num_held, models=models))
 
     async def _open(
         self, request: Request, kind: type[AnyRequest], task: Task | None

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from deployments.channel import ChannelError
+from deployments.messages import Load
 from deployments.router.choose import choose_replica
 from deployments.router.connection import ReplicaConnection, ReplicaEndpoint
 
@@ -38,6 +39,11 @@ class ReplicaPool:
         return sum(
             not connection.is_lost and not connection.load.draining for connection in self._connections.values()
         )
+
+    @property
+    def loads(self) -> list[Load]:
+        """What each connected replica said of itself last."""
+        return [connection.load for connection in self._connections.values() if not connection.is_lost]
 
     async def acquire(self, exclude: frozenset[str] = frozenset()) -> ReplicaConnection:
         """The least loaded replica outside ``exclude``; waits for one to appear when there is none."""

@@ -67,15 +67,20 @@ class Router:
 
     def health(self) -> Health:
         """``ok`` when every served model has a replica."""
-        models = tuple(
-            ModelHealth(
-                model=route.model,
-                task=route.task,
-                num_replicas=sum(self._pools[target.app].num_replicas for target in route.targets),
-            )
-            for route in self._table.routes
-        )
+        models = tuple(self._model_health(route) for route in self._table.routes)
         return Health(status="ok" if all(model.num_replicas for model in models) else "starting", models=models)
+
+    def _model_health(self, route: Route) -> ModelHealth:
+        pools = [self._pools[target.app] for target in route.targets]
+        loads = [load for pool in pools for load in pool.loads]
+        return ModelHealth(
+            model=route.model,
+            task=route.task,
+            num_replicas=sum(pool.num_replicas for pool in pools),
+            num_running=sum(load.num_running for load in loads),
+            num_waiting=sum(load.num_waiting for load in loads),
+            kv_used_fraction=max((load.kv_used_fraction for load in loads), default=0.0),
+        )
 
     async def generate(self, model: str, request: Generate) -> AsyncGenerator[Event]:
         """Events of one request; a replica that is lost before the first token is replaced by another."""

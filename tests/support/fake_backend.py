@@ -84,8 +84,18 @@ class FakeBackend:
 
     def health(self) -> Health:
         """As ``status`` says."""
-        models = tuple(ModelHealth(model=r.model, task=r.task, num_replicas=1) for r in self.table.routes)
+        models = tuple(self._model_health(route) for route in self.table.routes)
         return Health(status=self.status, models=models)  # type: ignore[arg-type]
+
+    def _model_health(self, route: Route) -> ModelHealth:
+        return ModelHealth(
+            model=route.model,
+            task=route.task,
+            num_replicas=1,
+            num_running=self.num_open,
+            num_waiting=0,
+            kv_used_fraction=0.5 if self.num_open else 0.0,
+        )
 
     async def wait_for(self, what: object) -> None:
         """Until ``what()`` is true; checked at every opened and closed request."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from cluster.control.drill.asks import Ask
 
 End = Literal["done", "refused", "error", "broken", "unended"]
-"""An answer; an explicit error instead of it (``refused``) or in the middle; a connection that broke; no end at all."""
+"""An answer; an explicit error instead of it (``refused``) or in its middle; a broken connection; no end at all."""
 
 
 @dataclass(slots=True, kw_only=True)

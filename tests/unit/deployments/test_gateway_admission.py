@@ -238,9 +238,24 @@ async def test_health() -> None:
         backend.status = "starting"
         starting = await client.get("/health")
     assert healthy.status_code == 200
-    assert healthy.json()["models"][0] == {"model": "writer", "task": "generate", "num_replicas": 1}
+    idle = {"num_running": 0, "num_waiting": 0, "kv_used_fraction": 0.0}
+    assert healthy.json()["models"][0] == {"model": "writer", "task": "generate", "num_replicas": 1} | idle
     assert starting.status_code == 503
     assert starting.json()["error"]["message"] == "The server is starting."
+
+
+async def test_health_says_what_is_in_flight_and_what_it_holds() -> None:
+    backend = FakeBackend()
+    backend.pause_after = 1
+    async with in_process(create_app(backend)) as client:
+        asking = asyncio.create_task(client.post(PATH, json=BODY))
+        await backend.wait_for(lambda: backend.num_open == 1)
+        busy = (await client.get("/health")).json()
+        backend.resume.set()
+        await asking
+        idle = (await client.get("/health")).json()
+    assert (busy["num_requests"], busy["models"][0]["num_running"]) == (1, 1)
+    assert (idle["num_requests"], idle["models"][0]["num_running"]) == (0, 0)
 
 
 async def test_every_request_is_measured_once() -> None:
