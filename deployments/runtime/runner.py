@@ -80,7 +80,21 @@ class StageRunner:
             self._sampler.end(sequence_id)
         for start in step.started:
             self._sampler.start(start)
+        output = self.compute(step, hidden_TD)
+        if not self._part.is_last:
+            return output
+        wanted = [sequence.sequence_id for sequence in step.sequences if sequence.sample]
+        return self._sampler.sample(wanted, output) if wanted else []
+
+    @torch.inference_mode()
+    def compute(self, step: StepInput, hidden_TD: torch.Tensor | None, *, every_row: bool = False) -> torch.Tensor:
+        """The model's part of :meth:`run`: activations, or on the last stage logits.
+
+        Logits [num_rows, vocab_size] are of the sequences that asked for a sample, in order; with ``every_row`` of
+        every token of the step.
+        """
         layout = lay_out(step.sequences, self._cache)
+        rows = torch.arange(len(layout.token_ids_T), device=self._device) if every_row else layout.sample_rows
         inputs = (
             {"input_ids": layout.token_ids_T[None]}
             if hidden_TD is None
@@ -91,9 +105,11 @@ class StageRunner:
             "use_cache": False,
             "paged_step": PagedStep(layout=layout, cache=self._cache),
         }
-        if not self._part.is_last or not len(layout.sample_rows):
-            output = self.model.base_model(**inputs, **common).last_hidden_state[0]
-            return [] if self._part.is_last else output
-        logits = self.model(**inputs, **common, logits_to_keep=layout.sample_rows).logits[0]
-        wanted = [sequence.sequence_id for sequence in step.sequences if sequence.sample]
-        return self._sampler.sample(wanted, logits)
+        if not self._part.is_last:
+            output: torch.Tensor = self.model.base_model(**inputs, **common).last_hidden_state[0]
+            return output
+        if not len(rows):
+            self.model.base_model(**inputs, **common)
+            return torch.empty((0, self.model.config.vocab_size), device=self._device)
+        logits: torch.Tensor = self.model(**inputs, **common, logits_to_keep=rows).logits[0]
+        return logits
