@@ -98,10 +98,10 @@ def open_pool(app: str) -> ReplicaPool:
     handle: DeploymentHandle = serve.get_deployment_handle("Replica", app_name=app)
 
     async def discover() -> list[ReplicaEndpoint]:
-        found: list[ReplicaEndpoint] = await handle.broadcast("endpoint").results_async(
-            timeout_s=_DISCOVERY_TIMEOUT_S
-        )
-        return found
+        broadcast = handle.broadcast("endpoint")
+        # one that is dying, or stuck, must not hide the others
+        found = await broadcast.results_async(timeout_s=_DISCOVERY_TIMEOUT_S, return_exceptions=True)
+        return [endpoint for endpoint in found if isinstance(endpoint, ReplicaEndpoint)]
 
     async def wake() -> ReplicaEndpoint:
         found: ReplicaEndpoint = await handle.endpoint.remote()

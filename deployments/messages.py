@@ -74,12 +74,22 @@ class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
+class EmittedChoice(msgspec.Struct, frozen=True, array_like=True):
+    """What one choice has come to on another replica: its tokens so far, and whether it has ended with them."""
+
+    token_ids: tuple[int, ...] = ()
+    ended: bool = False
+
+
 class Generate(Message, frozen=True, kw_only=True):
     """Continue one prompt, ``sampling.n`` times.
 
     ``max_tokens`` is None when the client named no limit: the replica then fills the context. It replaces
     ``sampling.max_tokens`` on arrival, because only the replica knows the prompt's length in tokens.
     ``deadline_s`` is the time left to the request when it was sent.
+
+    ``emitted`` has one entry per choice when the request was begun on another replica, whose client has these tokens
+    already; ``sampling.seed`` is then the seed that the other replica told in Started. The streams go on after them.
     """
 
     request_id: str
@@ -87,6 +97,7 @@ class Generate(Message, frozen=True, kw_only=True):
     sampling: SamplingParams
     max_tokens: int | None
     deadline_s: float
+    emitted: tuple[EmittedChoice, ...] | None = None
 
 
 class Embed(Message, frozen=True, kw_only=True):

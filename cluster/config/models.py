@@ -86,8 +86,9 @@ class TimeoutsSection(StrictModel):
     """Longest life of a request in the replica, after which it ends with an error."""
     step: PositiveSeconds = 60.0
     """A stage that has not answered a step after this long counts as dead and is replaced."""
-    drain: PositiveSeconds = 60.0
-    """How long a replica that stops lets its requests finish before they are handed to another."""
+    drain: PositiveSeconds | None = None
+    """How long a replica that stops goes on with streams that no other replica can take over; without it, as long as
+    ``request``. A new version does not take over the old one's streams."""
 
 
 class ReplicasSection(StrictModel):

@@ -176,7 +176,7 @@ def _with_stages(
         max_waiting=model.batching.max_waiting,
         request_timeout_s=model.timeouts.request,
         step_timeout_s=model.timeouts.step,
-        drain_timeout_s=model.timeouts.drain,
+        drain_timeout_s=model.timeouts.drain or model.timeouts.request,
         threads_per_stage=_auto_threads(model, nodes, len(ranges)) if threads == "auto" else threads,
         replica_cpus=model.resources.replica_cpus,
         stage_cpus=model.resources.stage_cpus,

@@ -35,6 +35,7 @@ def admit_sampling(
     if sampling.n < 1:
         message = f"n is {sampling.n}; ask for at least 1 choice"
         raise refuse(request.request_id, "invalid_request", message, param="n")
+    _check_emitted(request, max_tokens, vocab_size)
     seed = secrets.randbits(_SEED_BITS) if sampling.seed is None else sampling.seed
     return msgspec.structs.replace(sampling, max_tokens=max_tokens, seed=seed)
 
@@ -60,6 +61,25 @@ def _max_tokens(request: Generate, num_prompt_tokens: int, context_tokens: int) 
         )
         raise refuse(request.request_id, "context_length_exceeded", message, param=prompt_param(request.prompt))
     return request.max_tokens
+
+
+def _check_emitted(request: Generate, max_tokens: int, vocab_size: int) -> None:
+    """What was emitted elsewhere must fit the request; a gateway that sends else has a bug."""
+    if request.emitted is None:
+        return
+    problem = None
+    if len(request.emitted) != request.sampling.n:
+        problem = f"has {len(request.emitted)} choices, but n is {request.sampling.n}"
+    elif request.sampling.seed is None:
+        problem = "comes without the seed in force"
+    elif all(choice.ended for choice in request.emitted):
+        problem = "leaves no choice to go on with"
+    elif any(len(choice.token_ids) >= max_tokens for choice in request.emitted if not choice.ended):
+        problem = f"has a choice of max_tokens = {max_tokens} tokens that has not ended"
+    elif not all(0 <= token_id < vocab_size for choice in request.emitted for token_id in choice.token_ids):
+        problem = f"has a token id outside 0 to {vocab_size - 1}"
+    if problem is not None:
+        raise refuse(request.request_id, "invalid_request", f"what was emitted elsewhere {problem}")
 
 
 def _check_token_ids(request: Generate, vocab_size: int) -> None:

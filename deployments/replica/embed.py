@@ -143,9 +143,13 @@ class EmbedEngine:
         assert not self._tasks, "the engine is running already; this is a bug"
         self._tasks = [asyncio.create_task(self._guard(work)) for work in (self._pump, self._receive_outputs)]
 
+    def stop_admitting(self) -> None:
+        """Refuse new requests from now on, and say so in :meth:`load`."""
+        self._draining = True
+
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for those under way; what is left after ``timeout_s`` ends as ``draining``."""
-        self._draining = True
+        self.stop_admitting()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()

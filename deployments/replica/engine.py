@@ -123,9 +123,13 @@ class Engine:
         assert not self._tasks, "the engine is running already; this is a bug"
         self._tasks = [asyncio.create_task(self._guard(work)) for work in (self._pump, self._receive_outputs)]
 
+    def stop_admitting(self) -> None:
+        """Refuse new requests from now on, and say so in :meth:`load`."""
+        self._draining = True
+
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for those under way; what is left after ``timeout_s`` ends as ``draining``."""
-        self._draining = True
+        self.stop_admitting()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -192,6 +196,8 @@ class Engine:
         request_id = generate.request_id
         try:
             self._check_open(request_id)
+            if generate.emitted is None:  # else it has a place already, on the replica that it comes from
+                self._check_room(request_id)
             self._encoding.add(request_id)
             try:
                 prompt_ids = await self._encoder.encode(generate.prompt, request_id)
@@ -204,25 +210,28 @@ class Engine:
                 context_tokens=self.config.context_tokens,
                 vocab_size=self._tokenizer.vocab_size,
             )
+            request = Request(
+                generate,
+                prompt_ids,
+                sampling,
+                tokenizer=self._tokenizer,
+                sequence_ids=self._sequence_ids,
+                arrived_s=arrived_s,
+            )
         except RequestRefused:
             self._num_refused += 1
             raise
-        request = Request(
-            generate,
-            prompt_ids,
-            sampling,
-            tokenizer=self._tokenizer,
-            sequence_ids=self._sequence_ids,
-            arrived_s=arrived_s,
-        )
         self._enter(request)
         return request
 
     def _check_open(self, request_id: str) -> None:
-        """Raise unless there is a place for one more request."""
+        """Raise unless a request of this id may come in."""
         self._check_usable(request_id)
         if request_id in self._requests or request_id in self._encoding:
             raise refuse(request_id, "invalid_request", f"request id {request_id!r} is already in use")
+
+    def _check_room(self, request_id: str) -> None:
+        """Raise unless there is a place for one more request."""
         num_waiting = len(self._encoding) + sum(1 for request in self._requests.values() if not request.started)
         num_places = self.config.max_waiting + max(0, self.config.max_running - self.scheduler.num_running)
         if num_waiting >= num_places:
@@ -241,7 +250,8 @@ class Engine:
         self._idle.clear()
         for choice in request.choices:
             self._choices[choice.sequence.sequence_id] = choice
-            self.scheduler.add(choice.sequence)
+            if choice.sequence.state is SequenceState.WAITING:
+                self.scheduler.add(choice.sequence)
         self._wake.set()
 
     def _cancel(self, request: Request) -> None:
@@ -368,7 +378,8 @@ class Engine:
                 continue
             if request.first_token_s is None:
                 request.first_token_s = now
-                self._telemetry.first_token(now - request.arrived_s)
+                if not request.num_resumed_tokens:
+                    self._telemetry.first_token(now - request.arrived_s)
             request.num_completion_tokens += 1
             request.events.put_nowait(choice.take_delta())
             if choice.finish_reason is not None:
@@ -379,7 +390,7 @@ class Engine:
     def _finish(self, request: Request, now: float) -> None:
         self._num_done += 1
         self._durations.add(now - request.arrived_s)
-        num_later = request.num_completion_tokens - len(request.choices)
+        num_later = request.num_completion_tokens - request.num_resumed_tokens - len(request.choices)
         seconds_per_token = None
         if num_later > 0 and request.first_token_s is not None:
             seconds_per_token = (now - request.first_token_s) * len(request.choices) / num_later

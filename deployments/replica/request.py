@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from deployments.messages import (
     ChosenLogprob,
     Delta,
+    EmittedChoice,
     Finished,
     FinishReason,
     Generate,
@@ -14,7 +15,8 @@ from deployments.messages import (
     SamplingParams,
     Started,
 )
-from deployments.replica.sequence import Sequence
+from deployments.replica.admission import refuse
+from deployments.replica.sequence import Sequence, SequenceState
 from deployments.replica.text import StopChecker, TextTokenizer
 
 RequestEvent = Started | Delta | Finished | Refused
@@ -42,6 +44,20 @@ class Choice:
         self._hide_token = False
         self._sample: Sample | None = None
         self._text: str | None = None
+
+    def resume(self, emitted: EmittedChoice) -> bool:
+        """Take the tokens that the client has from another replica; False when a choice that goes on cannot.
+
+        Text and stop strings depend on the tokens alone, so what they come to is known already and not said again.
+        """
+        for token_id in emitted.token_ids:
+            self.sequence.append(token_id)
+            if not emitted.ended:
+                self._check_token(token_id)
+                self._make_text(token_id)
+        if emitted.ended:
+            self.sequence.state = SequenceState.FINISHED
+        return emitted.ended or self.finish_reason is None
 
     def accept(self, sample: Sample) -> bool:
         """Take the token just appended to the sequence; False when the choice has ended with it."""
@@ -97,7 +113,10 @@ class Choice:
 
 
 class Request:
-    """A request and its choices. ``events`` is bounded by what the request may generate."""
+    """A request and its choices. ``events`` is bounded by what the request may generate.
+
+    A request that comes from another replica begins with the tokens emitted there, and its ended choices stay ended.
+    """
 
     def __init__(
         self,
@@ -109,21 +128,25 @@ class Request:
         sequence_ids: Iterator[int],
         arrived_s: float,
     ) -> None:
-        """``arrived_s`` and the deadline derived from it are in the engine's clock."""
+        """``arrived_s`` and the deadline derived from it are in the engine's clock; raises RequestRefused."""
         assert sampling.seed is not None, "admission decides the seed; this is a bug"
         self.request_id = request.request_id
         self.seed = sampling.seed
         self.arrived_s = arrived_s
         self.deadline_s = arrived_s + request.deadline_s
         self.num_prompt_tokens = len(prompt_ids)
-        self.num_completion_tokens = 0
+        self.num_completion_tokens = self.num_resumed_tokens = sum(
+            len(choice.token_ids) for choice in request.emitted or ()
+        )
         self.num_failed_steps = 0
         self.first_token_s: float | None = None
         self.started = False
         self.ended = False
         self.events: asyncio.Queue[RequestEvent] = asyncio.Queue()
         self.choices: list[Choice] = []
-        self.num_open = sampling.n
+        emitted = request.emitted or (EmittedChoice(),) * sampling.n
+        self.num_open = sum(not choice.ended for choice in emitted)
+        leader: Sequence | None = None
         eos_token_ids = () if sampling.ignore_eos else tokenizer.eos_token_ids
         for index in range(sampling.n):
             sequence = Sequence(
@@ -135,14 +158,20 @@ class Request:
                 choice=index,
                 eos_token_ids=eos_token_ids,
                 request_id=self.request_id,
-                leader=self.choices[0].sequence if self.choices else None,
+                leader=leader,
             )
-            self.choices.append(Choice(self, sequence, tokenizer))
+            choice = Choice(self, sequence, tokenizer)
+            if not choice.resume(emitted[index]):
+                message = f"choice {index} ends with the tokens it is to go on from; it cannot be continued here"
+                raise refuse(self.request_id, "invalid_request", message)
+            self.choices.append(choice)
+            if leader is None and not emitted[index].ended:
+                leader = sequence
 
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens that the prefix cache had when the first choice began."""
-        return self.choices[0].sequence.num_cached or 0
+        return min(self.num_prompt_tokens, self.choices[0].sequence.num_cached or 0)
 
     def start(self) -> None:
         """Tell the client that the request runs."""

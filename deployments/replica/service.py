@@ -4,6 +4,8 @@ Start, serve, drain, stop - in that order. Heavy imports (torch, transformers) b
 """
 
 import asyncio
+import hashlib
+import json
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -50,6 +52,26 @@ logger = logging.getLogger(__name__)
 _WARM_UP_TIMEOUT_S = 300.0
 _REPORT_S = 1.0
 
+# Where and how much at once, but not what: keys of ModelAppArgs that no token depends on.
+_HARMLESS = (
+    "storage",
+    "num_blocks",
+    "block_tokens",
+    "prefix_caching",
+    "max_running",
+    "max_step_tokens",
+    "max_waiting",
+    "request_timeout_s",
+    "step_timeout_s",
+    "drain_timeout_s",
+    "replica_cpus",
+    "stage_cpus",
+    "stage_memory",
+    "placement_strategy",
+    "stages",
+    "replicas",
+)
+
 
 class ReplicaService:
     """Answers gateways over the Channel; made by :meth:`start`. Holds no weights."""
@@ -63,6 +85,7 @@ class ReplicaService:
         self._listener = Listener(self._converse)
         self._engine: Engine | EmbedEngine
         self._supervisor: Supervisor | None = None
+        self._sessions: set[GatewaySession] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -122,7 +145,12 @@ class ReplicaService:
             pass
 
     async def _converse(self, channel: Channel) -> None:
-        await GatewaySession(channel, self).run()
+        session = GatewaySession(channel, self)
+        self._sessions.add(session)
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(session)
 
     async def _report(self) -> None:
         while True:
@@ -157,7 +185,10 @@ class ReplicaService:
     def endpoint(self) -> ReplicaEndpoint:
         """Where gateways connect."""
         return ReplicaEndpoint(
-            replica_id=self._replica_id, address=self._listener.address, secret=self._listener.secret
+            replica_id=self._replica_id,
+            address=self._listener.address,
+            secret=self._listener.secret,
+            produces=product_digest(self._args),
         )
 
     @property
@@ -166,8 +197,15 @@ class ReplicaService:
         return self._supervisor.given_up if self._supervisor is not None else None
 
     async def stop(self) -> None:
-        """Let the requests under way finish within the drain timeout, then end the stages."""
+        """Hand the requests under way over, or let them finish within the drain timeout; then end the stages.
+
+        Gateways are told at once. They move each stream to another replica if there is one; what nobody takes over
+        is finished here.
+        """
         begin = time.monotonic()
+        self._engine.stop_admitting()
+        for session in self._sessions:
+            session.report_load()
         await self._engine.drain(self._args.drain_timeout_s)
         for task in self._tasks:
             task.cancel()
@@ -175,6 +213,15 @@ class ReplicaService:
         await self._listener.stop()
         self._stages.kill()
         logger.info("%s: replica %s drained in %.1f s", self._args.app, self._replica_id, time.monotonic() - begin)
+
+
+def product_digest(args: ModelAppArgs) -> str:
+    """Digest of all that may decide a token, so that a stream is never continued by something else.
+
+    What is new in ``args`` counts until it is named here as harmless.
+    """
+    decisive = args.model_dump(mode="json", exclude=set(_HARMLESS))
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def _load_tokenizer(args: ModelAppArgs) -> TextTokenizer:

@@ -146,6 +146,13 @@ class GatewaySession:
         except ChannelError:
             return  # nobody is left to tell
 
+    def report_load(self) -> None:
+        """Tell the load now: it says something that the gateway should not wait for."""
+        try:
+            self._channel.send_nowait(self._service.load())
+        except ChannelError:
+            return  # the session is about to end
+
     async def _report_load(self) -> None:
         while True:
             await self._channel.send(self._service.load())

@@ -1,9 +1,11 @@
 """One gateway's connection to one replica: many requests share it, each hears only its own replies."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Self
+
+import msgspec
 
 from deployments.channel import Channel, ChannelClosed, ChannelError
 from deployments.messages import (
@@ -35,37 +37,54 @@ IDLE = Load(num_running=0, num_waiting=0, num_waiting_tokens=0, kv_used_fraction
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaEndpoint:
-    """Where a replica listens for gateways, and the secret it accepts; handed out through Ray."""
+    """Where a replica listens for gateways, and the secret it accepts; handed out through Ray.
+
+    ``produces`` is a digest of all that decides its tokens: a stream goes on only where it is the same.
+    """
 
     replica_id: str
     address: str
     secret: bytes = field(repr=False)
+    produces: str = ""
 
 
 class ReplicaLostError(Exception):
     """The connection to a replica broke while a request was open on it."""
 
 
+class ReplicaLeaving(Exception):
+    """The replica drains, and the request is better continued by another one, which is there."""
+
+
 class ReplicaConnection:
     """Sends requests and hands each its replies; one reader task serves all."""
 
-    def __init__(self, endpoint: ReplicaEndpoint, channel: Channel, silence_s: float) -> None:
+    def __init__(
+        self, endpoint: ReplicaEndpoint, channel: Channel, silence_s: float, on_leaving: Callable[[], None]
+    ) -> None:
         self.replica_id = endpoint.replica_id
+        self.produces = endpoint.produces
         self.load = IDLE
         self._channel = channel
         self._silence_s = silence_s
-        self._replies: dict[str, asyncio.Queue[tuple[Reply, list[bytes]] | ChannelError]] = {}
+        self._on_leaving = on_leaving
+        self._replies: dict[str, asyncio.Queue[tuple[Reply, list[bytes]] | ChannelError | None]] = {}
         self._lost: ChannelError | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def open(cls, endpoint: ReplicaEndpoint, silence_s: float = SILENCE_S) -> Self:
-        """Connect; raises a ChannelError when the replica is not there. ``silence_s`` without a word loses it."""
+    async def open(
+        cls, endpoint: ReplicaEndpoint, silence_s: float = SILENCE_S, on_leaving: Callable[[], None] = lambda: None
+    ) -> Self:
+        """Connect; raises a ChannelError when the replica is not there.
+
+        ``silence_s`` without a word loses it. ``on_leaving`` is called when it begins to drain, and when it is lost.
+        """
         channel = await Channel.connect(endpoint.address, endpoint.secret)
         await channel.send(Opened(role="gateway"))
-        return cls(endpoint, channel, silence_s)
+        return cls(endpoint, channel, silence_s, on_leaving)
 
     @property
     def is_lost(self) -> bool:
@@ -81,13 +100,24 @@ class ReplicaConnection:
         """Return when no request is open."""
         await self._idle.wait()
 
-    async def replies(self, request: Request) -> AsyncGenerator[tuple[Reply, list[bytes]]]:
+    def note_draining(self) -> None:
+        """The replica said that it is leaving; it is not chosen any more unless its next load says otherwise."""
+        self.load = msgspec.structs.replace(self.load, draining=True)
+
+    def offer_leave(self) -> None:
+        """Let every open request ask whether it may leave; the replica drains, or another one has come."""
+        for queue in self._replies.values():
+            queue.put_nowait(None)
+
+    async def replies(
+        self, request: Request, may_leave: Callable[[], bool] = lambda: False
+    ) -> AsyncGenerator[tuple[Reply, list[bytes]]]:
         """Send ``request`` and yield what comes back for it, with buffers, until the caller stops.
 
-        Raises RequestRefused when the replica refuses, ReplicaLostError when the connection breaks. Leaving early
-        tells the replica to cancel.
+        Raises RequestRefused when the replica refuses, ReplicaLostError when the connection breaks, ReplicaLeaving
+        when the replica drains and ``may_leave``. Leaving early tells the replica to cancel.
         """
-        queue: asyncio.Queue[tuple[Reply, list[bytes]] | ChannelError] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[Reply, list[bytes]] | ChannelError | None] = asyncio.Queue()
         if self._lost is not None:
             raise ReplicaLostError(str(self._lost))
         self._replies[request.request_id] = queue
@@ -97,6 +127,10 @@ class ReplicaConnection:
             self._channel.send_nowait(request)
             while not ended:
                 reply = await queue.get()
+                if reply is None:
+                    if may_leave():
+                        raise ReplicaLeaving
+                    continue
                 if isinstance(reply, ChannelError):
                     ended = True
                     raise ReplicaLostError(f"replica {self.replica_id}: {reply}") from reply
@@ -125,7 +159,11 @@ class ReplicaConnection:
             while True:
                 message, buffers = await self._channel.receive(self._silence_s)
                 if isinstance(message, Load):
+                    begins_to_drain = message.draining and not self.load.draining
                     self.load = message
+                    if begins_to_drain:
+                        self.offer_leave()
+                        self._on_leaving()
                 elif isinstance(message, Reply):
                     queue = self._replies.get(message.request_id)
                     if queue is not None:  # else the request was cancelled while this was on its way
@@ -135,6 +173,7 @@ class ReplicaConnection:
         except ChannelError as error:
             self._lost = error
             self._channel.close()
+            self._on_leaving()
             for queue in self._replies.values():
                 queue.put_nowait(error)
 

@@ -2,37 +2,38 @@
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.plan.types import Route, RoutingTable
 from deployments.gateway.backend import Event, Health, ModelHealth
 from deployments.messages import (
-    Delta,
     Detokenize,
     Detokenized,
     Embed,
     Embedded,
-    Finished,
     Generate,
+    RefusalCode,
     Refused,
     RequestRefused,
-    Started,
     Tokenize,
     Tokenized,
 )
 from deployments.router.choose import choose_target
-from deployments.router.connection import ReplicaConnection, ReplicaLostError, Reply, Request
-from deployments.router.pool import ReplicaPool
+from deployments.router.connection import ReplicaConnection, ReplicaLeaving, ReplicaLostError, Reply, Request
+from deployments.router.pool import NoReplicaError, ReplicaPool
+from deployments.router.progress import Losses, StreamProgress
+
+logger = logging.getLogger(__name__)
 
 # A tokenizer question carries no deadline of its own.
 _QUESTION_TIMEOUT_S = 30.0
-_MAX_ATTEMPTS = 3
 
 
 class Router:
@@ -51,13 +52,13 @@ class Router:
         return self._table
 
     def replace(self, table: RoutingTable) -> None:
-        """Route by ``table`` from now on; requests already under way end where they are."""
+        """Route by ``table`` from now on; requests already under way stay with their version."""
         self._table = table
         wanted = {target.app for route in table.routes for target in route.targets}
         for app in wanted - self._pools.keys():
             self._pools[app] = self._open_pool(app)
         for app in self._pools.keys() - wanted:
-            task = asyncio.create_task(self._pools.pop(app).close_when_idle())
+            task = asyncio.create_task(self._pools.pop(app).close_when_unused())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
@@ -83,27 +84,34 @@ class Router:
         )
 
     async def generate(self, model: str, request: Generate) -> AsyncGenerator[Event]:
-        """Events of one request; a replica that is lost before the first token is replaced by another."""
+        """Events of one request, whichever replicas produce them.
+
+        When a replica is lost, stops or drains, another one goes on after the tokens that were yielded; with none
+        there, the request waits for one. Once begun, only replicas that produce the same tokens take part.
+        """
         deadline = time.monotonic() + request.deadline_s
-        lost: frozenset[str] = frozenset()
-        announced = begun = False
-        while True:
-            connection = await self._acquire(model, request.request_id, deadline, lost)
-            replies = connection.replies(msgspec.structs.replace(request, deadline_s=deadline - time.monotonic()))
-            try:
-                async for reply, _ in replies:
-                    assert isinstance(reply, Started | Delta | Finished)
-                    if isinstance(reply, Started):
-                        if announced:
-                            continue
-                        announced = True
-                    begun = begun or isinstance(reply, Delta)
-                    yield reply
-                return
-            except (ReplicaLostError, RequestRefused) as error:
-                lost = self._try_elsewhere(error, request, connection, lost, begun=begun)
-            finally:
-                await replies.aclose()
+        progress, attempt = StreamProgress(request), Attempt()
+        while not progress.is_complete:
+            pool = self._pool_of(model, request.request_id) if attempt.pool is None else attempt.pool
+            with pool.lease():
+                connection = await self._acquire(pool, request.request_id, deadline, attempt)
+                replies = connection.replies(
+                    progress.request(deadline - time.monotonic()), partial(pool.has_other, connection)
+                )
+                try:
+                    async for reply, _ in replies:
+                        assert isinstance(reply, Event)
+                        event = progress.note(reply)
+                        if event is not None:
+                            yield event
+                    return
+                except (ReplicaLeaving, ReplicaLostError, RequestRefused) as error:
+                    attempt.note_failure(error, request.request_id, connection, progress.num_tokens)
+                    if progress.is_started:
+                        attempt.stay_with(pool, connection.produces)
+                finally:
+                    await replies.aclose()
+        yield progress.finish()
 
     async def embed(self, model: str, request: Embed) -> tuple[Embedded, NDArray[np.float32]]:
         """One vector per input."""
@@ -127,57 +135,89 @@ class Router:
     async def _ask(self, model: str, request: Request, deadline_s: float) -> tuple[Reply, list[bytes]]:
         """One reply to one request; asked again elsewhere when the replica is lost (the answer is the same)."""
         deadline = time.monotonic() + deadline_s
-        lost: frozenset[str] = frozenset()
+        attempt = Attempt()
         while True:
-            connection = await self._acquire(model, request.request_id, deadline, lost)
-            try:
-                async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
-                    async with contextlib.aclosing(connection.replies(request)) as replies:
-                        async for answer in replies:
-                            return answer
-                raise ReplicaLostError(f"replica {connection.replica_id} ended without an answer")
-            except TimeoutError as error:
-                raise _too_late(request.request_id, deadline_s) from error
-            except (ReplicaLostError, RequestRefused) as error:
-                lost = self._try_elsewhere(error, request, connection, lost, begun=False)
+            pool = self._pool_of(model, request.request_id)
+            with pool.lease():
+                connection = await self._acquire(pool, request.request_id, deadline, attempt)
+                try:
+                    async with asyncio.timeout(deadline - time.monotonic()):
+                        async with contextlib.aclosing(connection.replies(request)) as replies:
+                            async for answer in replies:
+                                return answer
+                    raise ReplicaLostError(f"replica {connection.replica_id} ended without an answer")
+                except TimeoutError as error:
+                    raise _too_late(request.request_id, deadline_s) from error
+                except (ReplicaLostError, RequestRefused) as error:
+                    attempt.note_failure(error, request.request_id, connection, 0)
 
-    async def _acquire(self, model: str, request_id: str, deadline: float, lost: frozenset[str]) -> ReplicaConnection:
+    def _pool_of(self, model: str, request_id: str) -> ReplicaPool:
+        """The replicas that a new request goes to."""
         route = self.find(model)
         if route is None:
-            message = f"model {model!r} is no longer served"
-            raise RequestRefused(Refused(request_id=request_id, code="invalid_request", message=message))
+            raise _refused(request_id, "invalid_request", f"model {model!r} is no longer served")
         target = choose_target(route.targets, random.random())  # noqa: S311 - a traffic split, not a secret
+        return self._pools[target.app]
+
+    async def _acquire(
+        self, pool: ReplicaPool, request_id: str, deadline: float, attempt: "Attempt"
+    ) -> ReplicaConnection:
         left_s = deadline - time.monotonic()
         try:
             async with asyncio.timeout(left_s):
-                return await self._pools[target.app].acquire(lost)
+                return await pool.acquire(attempt.avoid, attempt.produces)
         except TimeoutError as error:
             raise _too_late(request_id, left_s) from error
-
-    def _try_elsewhere(
-        self,
-        error: ReplicaLostError | RequestRefused,
-        request: Request,
-        connection: ReplicaConnection,
-        lost: frozenset[str],
-        *,
-        begun: bool,
-    ) -> frozenset[str]:
-        """The replicas to avoid in the next attempt; raises when there is to be none."""
-        if isinstance(error, RequestRefused):
-            if error.refused.code != "draining" or begun:
-                raise error
-        elif begun or len(lost) + 1 >= _MAX_ATTEMPTS:
-            message = f"the replica was lost and the request could not be continued: {error}"
-            raise RequestRefused(Refused(request_id=request.request_id, code="internal", message=message)) from error
-        return lost | {connection.replica_id}
+        except NoReplicaError as error:
+            raise _refused(request_id, "draining", f"the request could not be finished: {error}") from error
 
     async def close(self) -> None:
         """Close every pool."""
+        for task in tuple(self._closing):
+            task.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
         for pool in self._pools.values():
             await pool.close()
 
 
+class Attempt:
+    """Where one request has been, and where it may go next."""
+
+    def __init__(self) -> None:
+        self.pool: ReplicaPool | None = None
+        """The only replicas that can go on, once the request has begun."""
+        self.produces: str | None = None
+        self.avoid: frozenset[str] = frozenset()
+        self._losses = Losses()
+
+    def note_failure(
+        self,
+        error: ReplicaLeaving | ReplicaLostError | RequestRefused,
+        request_id: str,
+        connection: ReplicaConnection,
+        num_tokens: int,
+    ) -> None:
+        """A replica will not finish the request; raises RequestRefused when no other one is to try."""
+        self.avoid |= {connection.replica_id}
+        if isinstance(error, RequestRefused):
+            if error.refused.code != "draining":
+                raise error
+            connection.note_draining()
+        elif isinstance(error, ReplicaLostError):
+            logger.warning("request %s goes on elsewhere: %s", request_id, error, extra={"request_id": request_id})
+            reason = self._losses.count(num_tokens)
+            if reason is not None:
+                raise _refused(request_id, "internal", f"{reason}; it is not tried again") from error
+
+    def stay_with(self, pool: ReplicaPool, produces: str) -> None:
+        """The client has been told something: only replicas of the same make may go on."""
+        self.pool, self.produces = pool, produces
+
+
+def _refused(request_id: str, code: RefusalCode, message: str) -> RequestRefused:
+    return RequestRefused(Refused(request_id=request_id, code=code, message=message))
+
+
 def _too_late(request_id: str, seconds: float) -> RequestRefused:
     message = f"no replica answered within the request's deadline ({seconds:.1f} s left when it was asked)"
-    return RequestRefused(Refused(request_id=request_id, code="deadline_exceeded", message=message))
+    return _refused(request_id, "deadline_exceeded", message)
