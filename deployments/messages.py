@@ -3,7 +3,8 @@
 Two conversations use them, both over :mod:`deployments.channel`:
 
     gateway -> replica   Generate | Embed | Tokenize | Detokenize | Cancel
-    replica -> gateway   Started, Delta*, Finished | Embedded | Tokenized | Detokenized | Refused; Load, unasked
+    replica -> gateway   Replies(Started, Delta*, Finished | Refused) | Embedded | Tokenized | Detokenized | Refused;
+                         Load, unasked
     replica -> stage     StepInput | EmbedInput
     stage   -> stage     Hidden (one tensor)
     stage   -> replica   StepOutput | EmbedOutput | StageFailed
@@ -156,7 +157,7 @@ class ChosenLogprob(msgspec.Struct, frozen=True, array_like=True):
 FinishReason = Literal["stop", "length"]
 
 
-class Delta(Message, frozen=True, kw_only=True):
+class Delta(Message, frozen=True, kw_only=True, omit_defaults=True):
     """More of choice ``index``: new tokens, and the text that is now certain (whole characters, no stop string).
 
     ``finish_reason`` is set in the last delta of a choice; ``stop_reason`` is the stop string or token id that hit.
@@ -239,6 +240,15 @@ class RequestRefused(Exception):
         return f"{self.refused.code}: {self.refused.message}"
 
 
+class Replies(Message, frozen=True, kw_only=True):
+    """What the open requests of one connection have to say at one moment, often one delta each: one frame a step.
+
+    The replies to one request are in their order, also over several messages.
+    """
+
+    replies: tuple[Started | Delta | Finished | Refused, ...]
+
+
 class Load(Message, frozen=True, kw_only=True):
     """Pushed by a replica to every connected gateway about once a second."""
 
@@ -256,7 +266,7 @@ class Opened(Message, frozen=True, kw_only=True):
 
 
 GatewayToReplica = Opened | Generate | Embed | Tokenize | Detokenize | Cancel
-ReplicaToGateway = Started | Delta | Finished | Embedded | Tokenized | Detokenized | Refused | Load
+ReplicaToGateway = Replies | Embedded | Tokenized | Detokenized | Refused | Load
 
 
 # --- replica and stages ----------------------------------------------------------------------------------------
@@ -370,13 +380,11 @@ AnyMessage = (
     | Tokenize
     | Detokenize
     | Cancel
-    | Started
-    | Delta
-    | Finished
     | Embedded
     | Tokenized
     | Detokenized
     | Refused
+    | Replies
     | Load
     | StepInput
     | Hidden

@@ -1,4 +1,8 @@
-"""One gateway's conversation with this replica: requests in, replies out, until the gateway leaves."""
+"""One gateway's conversation with this replica: requests in, replies out, until the gateway leaves.
+
+What the requests of a connection say in one turn of the event loop, which is what one step of the engine brought,
+leaves in one frame.
+"""
 
 import asyncio
 import logging
@@ -21,7 +25,9 @@ from deployments.messages import (
     Generate,
     Load,
     Opened,
+    RefusalCode,
     Refused,
+    Replies,
     RequestRefused,
     Started,
     Tokenize,
@@ -31,6 +37,8 @@ from deployments.messages import (
 logger = logging.getLogger(__name__)
 
 LOAD_PERIOD_S = 1.0
+
+StreamReply = Started | Delta | Finished | Refused
 
 
 class Service(Protocol):
@@ -52,12 +60,35 @@ class Service(Protocol):
         """How busy the replica is."""
 
 
+class Outbox:
+    """Replies that wait for the next frame. Bounded by what the open requests may still generate."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._replies: list[StreamReply] = []
+        self._filled = asyncio.Event()
+
+    def put(self, reply: StreamReply) -> None:
+        """Send ``reply`` with all that is put before the event loop comes round."""
+        self._replies.append(reply)
+        self._filled.set()
+
+    async def send_forever(self) -> None:
+        """One frame after another; a gateway that lags gets fewer and larger ones. Raises ChannelError."""
+        while True:
+            await self._filled.wait()
+            self._filled.clear()
+            replies, self._replies = self._replies, []
+            await self._channel.send(Replies(replies=tuple(replies)))
+
+
 class GatewaySession:
     """Runs every request of one connection in a task of its own; all are cancelled when the connection ends."""
 
     def __init__(self, channel: Channel, service: Service) -> None:
         self._channel = channel
         self._service = service
+        self._outbox = Outbox(channel)
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -65,7 +96,7 @@ class GatewaySession:
         opened, _ = await self._channel.receive(timeout_s=10.0)
         if not isinstance(opened, Opened) or opened.role != "gateway":
             return
-        reporting = asyncio.create_task(self._report_load())
+        own = (asyncio.create_task(self._report_load()), asyncio.create_task(self._outbox.send_forever()))
         try:
             while True:
                 message, _ = await self._channel.receive()
@@ -79,7 +110,7 @@ class GatewaySession:
         except ChannelError:
             return  # the gateway is gone; what it had asked for is cancelled below
         finally:
-            tasks = (reporting, *self._tasks.values())
+            tasks = (*own, *self._tasks.values())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -91,7 +122,7 @@ class GatewaySession:
 
     def _begin(self, request: Generate | Embed | Tokenize | Detokenize) -> None:
         if request.request_id in self._tasks:
-            self._refuse(request.request_id, "invalid_request", "this request id is already in use")
+            self._outbox.put(_refusal(request.request_id, "invalid_request", "this request id is already in use"))
             return
         task = asyncio.create_task(self._answer(request))
         self._tasks[request.request_id] = task
@@ -121,13 +152,13 @@ class GatewaySession:
                 case Detokenize():
                     await self._channel.send(await asyncio.to_thread(self._service.detokenize, request))
         except RequestRefused as error:
-            await self._channel.send(error.refused)
+            self._outbox.put(error.refused)
             return "refused"
         except ChannelError:
             return "unreachable"  # the reader sees it too and ends the session
         except Exception as error:
             logger.exception("request %s failed", request.request_id)
-            self._refuse(request.request_id, "internal", f"the replica failed: {error!r}")
+            self._outbox.put(_refusal(request.request_id, "internal", f"the replica failed: {error!r}"))
             return "failed"
         return "done"
 
@@ -135,16 +166,9 @@ class GatewaySession:
         events = self._service.generate(request)
         try:
             async for event in events:
-                await self._channel.send(event)
+                self._outbox.put(event)
         finally:
             await events.aclose()
-
-    def _refuse(self, request_id: str, code: str, message: str) -> None:
-        refused = Refused(request_id=request_id, code=code, message=message)  # type: ignore[arg-type]
-        try:
-            self._channel.send_nowait(refused)
-        except ChannelError:
-            return  # nobody is left to tell
 
     def report_load(self) -> None:
         """Tell the load now: it says something that the gateway should not wait for."""
@@ -157,3 +181,7 @@ class GatewaySession:
         while True:
             await self._channel.send(self._service.load())
             await asyncio.sleep(LOAD_PERIOD_S)
+
+
+def _refusal(request_id: str, code: RefusalCode, message: str) -> Refused:
+    return Refused(request_id=request_id, code=code, message=message)

@@ -20,6 +20,7 @@ from deployments.messages import (
     Load,
     Opened,
     Refused,
+    Replies,
     RequestRefused,
     Started,
     Tokenize,
@@ -56,6 +57,33 @@ class ReplicaLeaving(Exception):
     """The replica drains, and the request is better continued by another one, which is there."""
 
 
+Arrival = tuple[Reply, list[bytes]] | ChannelError | None
+"""A reply with its buffers, the end of the connection, or None: the request is to ask whether it may leave."""
+
+
+class _Inbox:
+    """What came for one request and was not taken yet; all of it is taken at once."""
+
+    __slots__ = ("_arrived", "_waiter")
+
+    def __init__(self) -> None:
+        self._arrived: list[Arrival] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, arrival: Arrival) -> None:
+        self._arrived.append(arrival)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[Arrival]:
+        """Everything that arrived; waits for the first."""
+        if not self._arrived:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+
 class ReplicaConnection:
     """Sends requests and hands each its replies; one reader task serves all."""
 
@@ -68,7 +96,7 @@ class ReplicaConnection:
         self._channel = channel
         self._silence_s = silence_s
         self._on_leaving = on_leaving
-        self._replies: dict[str, asyncio.Queue[tuple[Reply, list[bytes]] | ChannelError | None]] = {}
+        self._inboxes: dict[str, _Inbox] = {}
         self._lost: ChannelError | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -94,7 +122,7 @@ class ReplicaConnection:
     @property
     def num_open(self) -> int:
         """Requests that have not ended."""
-        return len(self._replies)
+        return len(self._inboxes)
 
     async def wait_idle(self) -> None:
         """Return when no request is open."""
@@ -106,8 +134,8 @@ class ReplicaConnection:
 
     def offer_leave(self) -> None:
         """Let every open request ask whether it may leave; the replica drains, or another one has come."""
-        for queue in self._replies.values():
-            queue.put_nowait(None)
+        for inbox in self._inboxes.values():
+            inbox.put(None)
 
     async def replies(
         self, request: Request, may_leave: Callable[[], bool] = lambda: False
@@ -117,36 +145,37 @@ class ReplicaConnection:
         Raises RequestRefused when the replica refuses, ReplicaLostError when the connection breaks, ReplicaLeaving
         when the replica drains and ``may_leave``. Leaving early tells the replica to cancel.
         """
-        queue: asyncio.Queue[tuple[Reply, list[bytes]] | ChannelError | None] = asyncio.Queue()
         if self._lost is not None:
             raise ReplicaLostError(str(self._lost))
-        self._replies[request.request_id] = queue
+        inbox = self._inboxes[request.request_id] = _Inbox()
         self._idle.clear()
         ended = False
         try:
             self._channel.send_nowait(request)
             while not ended:
-                reply = await queue.get()
-                if reply is None:
-                    if may_leave():
-                        raise ReplicaLeaving
-                    continue
-                if isinstance(reply, ChannelError):
-                    ended = True
-                    raise ReplicaLostError(f"replica {self.replica_id}: {reply}") from reply
-                ended = not isinstance(reply[0], Started | Delta)
-                if isinstance(reply[0], Refused):
-                    raise RequestRefused(reply[0])
-                yield reply
+                for arrival in await inbox.take():
+                    if arrival is None:
+                        if may_leave():
+                            raise ReplicaLeaving
+                        continue
+                    ended = _is_last(arrival)
+                    yield self._checked(arrival)
         except ChannelError as error:
             ended = True
             raise ReplicaLostError(f"replica {self.replica_id}: {error}") from error
         finally:
-            del self._replies[request.request_id]
-            if not self._replies:
+            del self._inboxes[request.request_id]
+            if not self._inboxes:
                 self._idle.set()
             if not ended and self._lost is None:
                 self._cancel(request.request_id)
+
+    def _checked(self, arrival: tuple[Reply, list[bytes]] | ChannelError) -> tuple[Reply, list[bytes]]:
+        if isinstance(arrival, ChannelError):
+            raise ReplicaLostError(f"replica {self.replica_id}: {arrival}") from arrival
+        if isinstance(arrival[0], Refused):
+            raise RequestRefused(arrival[0])
+        return arrival
 
     def _cancel(self, request_id: str) -> None:
         try:
@@ -164,18 +193,24 @@ class ReplicaConnection:
                     if begins_to_drain:
                         self.offer_leave()
                         self._on_leaving()
+                elif isinstance(message, Replies):
+                    for reply in message.replies:
+                        self._deliver(reply, [])
                 elif isinstance(message, Reply):
-                    queue = self._replies.get(message.request_id)
-                    if queue is not None:  # else the request was cancelled while this was on its way
-                        queue.put_nowait((message, buffers))
+                    self._deliver(message, buffers)
                 else:
                     raise ChannelClosed(f"it sent a {type(message).__name__}")
         except ChannelError as error:
             self._lost = error
             self._channel.close()
             self._on_leaving()
-            for queue in self._replies.values():
-                queue.put_nowait(error)
+            for inbox in self._inboxes.values():
+                inbox.put(error)
+
+    def _deliver(self, reply: Reply, buffers: list[bytes]) -> None:
+        inbox = self._inboxes.get(reply.request_id)
+        if inbox is not None:  # else the request was cancelled while this was on its way
+            inbox.put((reply, buffers))
 
     async def close(self) -> None:
         """Close; open requests end with ReplicaLostError."""
@@ -183,5 +218,12 @@ class ReplicaConnection:
         await asyncio.gather(self._reader, return_exceptions=True)
         self._channel.close()
         self._lost = self._lost or ChannelClosed("the gateway closed the connection")
-        for queue in self._replies.values():
-            queue.put_nowait(self._lost)
+        for inbox in self._inboxes.values():
+            inbox.put(self._lost)
+
+
+_MORE_FOLLOWS = (Started, Delta)
+
+
+def _is_last(arrival: tuple[Reply, list[bytes]] | ChannelError) -> bool:
+    return isinstance(arrival, ChannelError) or not isinstance(arrival[0], _MORE_FOLLOWS)
