@@ -2,11 +2,12 @@
 
 One TCP connection, one frame per message::
 
-    0      4        8              12           16         20                      payload
-    | MNT1 | crc32  | message len  | buffers n  | n lengths (u32 each) | message | buffer 0 | buffer 1 ..
+    0      4          8            12            16            20          24                    payload
+    | MNT2 | head crc | length crc | payload crc | message len | buffers n | n lengths (u32 each) | message | buffers ..
 
-All integers are little-endian; ``crc32`` covers everything after itself. The message is msgpack (never pickle),
-checked against :data:`deployments.messages.AnyMessage`; buffers are raw bytes (tensors).
+All integers are little-endian; each CRC-32 covers a part of its own: the rest of the head, the lengths, the payload.
+So a damaged length is refused at once and never waited for. The message is msgpack (never pickle), checked against
+:data:`deployments.messages.AnyMessage`; buffers are raw bytes (tensors).
 
 Both ends prove that they know the listener's secret before the first frame: each sends a 16-byte nonce, then
 HMAC-SHA256(secret, own role + peer's nonce + own nonce). The secret travels by Ray, inside the cluster.
@@ -31,11 +32,13 @@ from deployments.messages import AnyMessage
 
 Buffer = bytes | bytearray | memoryview
 
-MAGIC = b"MNT1"
+MAGIC = b"MNT2"
 MAX_FRAME_BYTES = 256 * 2**20
 HANDSHAKE_TIMEOUT_S = 10.0
 
-_FIXED = struct.Struct("<4sIII")
+_MARK = struct.Struct("<4sI")
+_HEAD = struct.Struct("<IIII")
+_HEAD_BYTES = _MARK.size + _HEAD.size
 _NONCE_BYTES = 16
 _MAX_BUFFERS = 64
 _SOCKET_BUFFER_BYTES = 4 * 2**20
@@ -68,14 +71,15 @@ def encode(message: AnyMessage, buffers: Sequence[Buffer] = ()) -> list[Buffer]:
     """The parts of one frame, ready for ``writelines``; buffers are not copied."""
     body = _encoder.encode(message)
     views = [memoryview(buffer).cast("B") for buffer in buffers]
-    lengths = struct.pack(f"<II{len(views)}I", len(body), len(views), *(len(view) for view in views))
-    total = len(lengths) + len(body) + sum(len(view) for view in views)
+    lengths = struct.pack(f"<{len(views)}I", *(len(view) for view in views))
+    total = _HEAD_BYTES + len(lengths) + len(body) + sum(len(view) for view in views)
     if total > MAX_FRAME_BYTES:
         raise ValueError(f"a {type(message).__name__} of {total} bytes exceeds the frame limit {MAX_FRAME_BYTES}")
-    checksum = zlib.crc32(body, zlib.crc32(lengths))
+    checksum = zlib.crc32(body)
     for view in views:
         checksum = zlib.crc32(view, checksum)
-    return [MAGIC + struct.pack("<I", checksum) + lengths, body, *views]
+    head = _HEAD.pack(zlib.crc32(lengths), checksum, len(body), len(views))
+    return [_MARK.pack(MAGIC, zlib.crc32(head)) + head + lengths, body, *views]
 
 
 class Channel:
@@ -141,18 +145,22 @@ class Channel:
             raise ChannelClosed(f"{self.peer} is gone: {error}") from error
 
     async def _read_frame(self) -> tuple[AnyMessage, list[bytes]]:
-        magic, checksum, body_bytes, num_buffers = _FIXED.unpack(await self._reader.readexactly(_FIXED.size))
-        if magic != MAGIC or num_buffers > _MAX_BUFFERS or body_bytes > MAX_FRAME_BYTES:
+        raw_head = await self._reader.readexactly(_HEAD_BYTES)
+        magic, head_checksum = _MARK.unpack_from(raw_head)
+        lengths_checksum, checksum, body_bytes, num_buffers = _HEAD.unpack_from(raw_head, _MARK.size)
+        if magic != MAGIC or zlib.crc32(raw_head[_MARK.size :]) != head_checksum or num_buffers > _MAX_BUFFERS:
             raise ChannelCorrupt(f"{self.peer} sent something that is not a frame")
-        raw_lengths = await self._continue_frame(4 * num_buffers)
+        raw_lengths = await self._continue_frame(4 * num_buffers) if num_buffers else b""
         lengths = struct.unpack(f"<{num_buffers}I", raw_lengths)
+        if zlib.crc32(raw_lengths) != lengths_checksum:
+            raise ChannelCorrupt(f"{self.peer} sent a frame whose lengths do not match their checksum")
         if body_bytes + sum(lengths) > MAX_FRAME_BYTES:
             raise ChannelCorrupt(f"{self.peer} announced a frame above the limit of {MAX_FRAME_BYTES} bytes")
         body = await self._continue_frame(body_bytes)
         buffers = [await self._continue_frame(length) for length in lengths]
-        actual = zlib.crc32(struct.pack("<II", body_bytes, num_buffers) + raw_lengths)
-        for part in (body, *buffers):
-            actual = zlib.crc32(part, actual)
+        actual = zlib.crc32(body)
+        for buffer in buffers:
+            actual = zlib.crc32(buffer, actual)
         if actual != checksum:
             raise ChannelCorrupt(f"{self.peer} sent a frame whose checksum does not match")
         try:
