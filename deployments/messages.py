@@ -25,6 +25,22 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
 # --- gateway and replica ---------------------------------------------------------------------------------------
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the generated text must look like.
+
+    ``text`` is a JSON schema, a regular expression that the whole text matches, or a grammar in llguidance's dialect
+    of Lark. A ``lenient`` schema is enforced as far as it can be; otherwise a keyword that cannot be is refused.
+    ``param`` is the field of the request that asked for it. ``end_token_ids`` end a text of this model; the replica
+    fills them in on arrival.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    lenient: bool = False
+    param: str = "response_format"
+    end_token_ids: tuple[int, ...] = ()
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the next token is chosen and when to stop. Validated by the gateway; neutral values are the defaults.
 
@@ -50,6 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="text"):
@@ -323,12 +340,17 @@ class Hidden(Message, frozen=True, kw_only=True):
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
-    """The chosen token of one sequence; logprob fields are empty unless asked for."""
+    """The chosen token of one sequence; logprob fields are empty unless asked for.
+
+    ``ended``: the grammar is complete with this token. ``problem``: why the grammar cannot go on; the token is void.
+    """
 
     sequence_id: int
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    ended: bool = False
+    problem: str | None = None
 
 
 class StageTiming(msgspec.Struct, frozen=True, array_like=True):

@@ -8,6 +8,7 @@ import torch
 
 from deployments.messages import Sample, StepInput
 from deployments.runtime.attention import PagedStep
+from deployments.runtime.grammar import GrammarCompiler
 from deployments.runtime.kv_cache import KVCache, lay_out
 from deployments.runtime.model import StageSlice, load_stage
 from deployments.runtime.quantize import Quantization
@@ -58,7 +59,8 @@ class StageRunner:
             dtype=config.dtype,
             device=config.device,
         )
-        self._sampler = Sampler()
+        self._grammars = GrammarCompiler(config.directory / "tokenizer.json")
+        self._sampler = Sampler(self._grammars)
 
     @property
     def weight_bytes(self) -> int:
@@ -67,7 +69,7 @@ class StageRunner:
 
     def forget(self) -> None:
         """Forget every sequence; what the cache holds is never read again."""
-        self._sampler = Sampler()
+        self._sampler = Sampler(self._grammars)
 
     @torch.inference_mode()
     def run(self, step: StepInput, hidden_TD: torch.Tensor | None) -> torch.Tensor | list[Sample]:

@@ -12,15 +12,16 @@ import numpy as np
 import torch
 
 from deployments.messages import Sample, SamplingParams, SequenceStart
+from deployments.runtime.grammar import Constraint, EndRules, GrammarCompiler, GrammarError
 
 _TOP_P_CANDIDATES = 256
 _COLDEST = torch.finfo(torch.float32).tiny  # colder is the same distribution, and zero in float32
 
 
 class SequenceSampler:
-    """What sampling must remember of one sequence: parameters, and which tokens it has seen."""
+    """What sampling must remember of one sequence: parameters, which tokens it has seen, where its grammar stands."""
 
-    def __init__(self, start: SequenceStart) -> None:
+    def __init__(self, start: SequenceStart, grammars: GrammarCompiler | None = None) -> None:
         self.sampling: SamplingParams = start.sampling
         self.sequence_id = start.sequence_id
         self._key = (start.seed % 2**64, start.choice)
@@ -31,6 +32,9 @@ class SequenceSampler:
         self._emitted: dict[int, int] = {}
         for token_id in start.token_ids[start.num_prompt_tokens :]:
             self._emitted[token_id] = self._emitted.get(token_id, 0) + 1
+        self.constraint = _constrain(start, grammars)
+        self.problem: str | None = None
+        """Why the grammar cannot go on."""
 
     @property
     def is_greedy(self) -> bool:
@@ -43,9 +47,10 @@ class SequenceSampler:
         return float(generator.random_raw() >> 11) * 2.0**-53
 
     def adjust(self, logits_V: torch.Tensor) -> None:
-        """Apply bias, minimum length and penalties in place.
+        """Apply penalties, bias, minimum length and grammar in place.
 
-        Repetition penalty as in CTRL (Keskar et al. 2019) over prompt and output; presence and frequency
+        The grammar comes last, so that no bias can let in what it forbids; it takes the minimum length into account
+        itself. Repetition penalty as in CTRL (Keskar et al. 2019) over prompt and output; presence and frequency
         penalties as OpenAI defines them, over the output.
         """
         sampling = self.sampling
@@ -61,8 +66,21 @@ class SequenceSampler:
             logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
         for token_id, bias in sampling.logit_bias.items():
             logits_V[token_id] += bias
-        if self._num_emitted < sampling.min_tokens:
+        if self.constraint is not None:
+            self._constrain(self.constraint, logits_V)
+        elif self._num_emitted < sampling.min_tokens:
             logits_V[list({*self._eos, *sampling.stop_token_ids})] = -torch.inf
+
+    def _constrain(self, constraint: Constraint, logits_V: torch.Tensor) -> None:
+        try:
+            mask = constraint.mask()
+        except GrammarError as error:
+            self.problem = str(error)
+            return
+        num_known = min(len(mask), len(logits_V))  # a model may have more rows than tokens, or fewer
+        allowed = torch.from_numpy(mask[:num_known]).to(logits_V.device)
+        logits_V[:num_known].masked_fill_(~allowed, -torch.inf)
+        logits_V[num_known:] = -torch.inf
 
     @property
     def adjusts(self) -> bool:
@@ -74,25 +92,40 @@ class SequenceSampler:
             or sampling.frequency_penalty != 0.0
             or bool(sampling.logit_bias)
             or self._num_emitted < sampling.min_tokens
+            or self.constraint is not None
         )
 
-    def append(self, token_id: int) -> None:
-        """Note that ``token_id`` was chosen."""
+    def append(self, token_id: int) -> bool:
+        """Note that ``token_id`` was chosen; True when the grammar allows nothing after it."""
         self._position += 1
         self._num_emitted += 1
         self._seen[token_id] = None
         self._emitted[token_id] = self._emitted.get(token_id, 0) + 1
+        return self.constraint is not None and self.problem is None and self.constraint.accept(token_id)
+
+
+def _constrain(start: SequenceStart, grammars: GrammarCompiler | None) -> Constraint | None:
+    sampling, grammar = start.sampling, start.sampling.grammar
+    if grammar is None:
+        return None
+    assert grammars is not None, "a stage that samples has a grammar compiler; this is a bug"
+    rules = EndRules(
+        grammar.end_token_ids, sampling.stop_token_ids, sampling.min_tokens, ignore_eos=sampling.ignore_eos
+    )
+    return Constraint(grammars, grammar, start.token_ids[start.num_prompt_tokens :], rules)
 
 
 class Sampler:
     """The sampling state of every sequence that the last stage serves."""
 
-    def __init__(self) -> None:
+    def __init__(self, grammars: GrammarCompiler | None = None) -> None:
+        """``grammars`` compiles those of constrained sequences; None where there will be none."""
+        self._grammars = grammars
         self._sequences: dict[int, SequenceSampler] = {}
 
     def start(self, start: SequenceStart) -> None:
         """Begin or resume a sequence; a resumed one replaces what was known of it."""
-        self._sequences[start.sequence_id] = SequenceSampler(start)
+        self._sequences[start.sequence_id] = SequenceSampler(start, self._grammars)
 
     def end(self, sequence_id: int) -> None:
         """Forget a sequence; unknown ids are fine (it may have ended before it was ever sampled)."""
@@ -106,8 +139,8 @@ class Sampler:
         samples = []
         for index, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):
             logprob, top = _logprobs(row.sampling.logprobs, raw_RV[index], token_id)
-            samples.append(Sample(row.sequence_id, token_id, logprob, top))
-            row.append(token_id)
+            ended = row.append(token_id)
+            samples.append(Sample(row.sequence_id, token_id, logprob, top, ended, row.problem))
         return samples
 
 
