@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
+from msgspec.structs import replace
+
 from deployments.messages import (
     Delta,
     Finished,
@@ -32,6 +34,7 @@ from deployments.messages import (
 )
 from deployments.replica.admission import admit_sampling, refuse
 from deployments.replica.blocks import BlockPool
+from deployments.replica.constraints import GrammarChecker
 from deployments.replica.encode import PromptEncoder
 from deployments.replica.link import LINK_ERRORS, StageLink
 from deployments.replica.observe import EngineStats, EngineTelemetry, MeanDuration, NoTelemetry
@@ -84,9 +87,11 @@ class Engine:
         tokenizer: TextTokenizer,
         link: StageLink,
         *,
+        grammars: GrammarChecker | None = None,
         telemetry: EngineTelemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``grammars`` judges those of requests, and is the caller's to stop; without it they are refused."""
         self.config = config
         self.failed: str | None = None
         """Why the stages cannot be used; None while they can."""
@@ -97,6 +102,7 @@ class Engine:
         self.scheduler = Scheduler(_scheduler_config(config, link), self.pool)
         self._tokenizer = tokenizer
         self._link = link
+        self._grammars = grammars
         self._telemetry = telemetry or NoTelemetry()
         self._clock = clock
         self._requests: dict[str, Request] = {}
@@ -201,6 +207,7 @@ class Engine:
             self._encoding.add(request_id)
             try:
                 prompt_ids = await self._encoder.encode(generate.prompt, request_id)
+                generate = await self._check_grammar(generate)
             finally:
                 self._encoding.discard(request_id)
             self._check_usable(request_id)  # the encoding may have taken a while
@@ -223,6 +230,18 @@ class Engine:
             raise
         self._enter(request)
         return request
+
+    async def _check_grammar(self, generate: Generate) -> Generate:
+        """The request with its grammar ready for the stages; raises RequestRefused."""
+        grammar = generate.sampling.grammar
+        if grammar is None:
+            return generate
+        if self._grammars is None:
+            message = "this server cannot constrain what is generated"
+            raise refuse(generate.request_id, "unsupported", message, param=grammar.param)
+        grammar = replace(grammar, end_token_ids=self._tokenizer.eos_token_ids)
+        await self._grammars.check(grammar, generate.request_id)
+        return replace(generate, sampling=replace(generate.sampling, grammar=grammar))
 
     def _check_open(self, request_id: str) -> None:
         """Raise unless a request of this id may come in."""
@@ -273,10 +292,11 @@ class Engine:
                 self._fail(f"{self.pool.num_used} blocks are held by nobody; this is a bug", recoverable=False)
         self._wake.set()
 
-    def _refuse(self, request: Request, code: RefusalCode, message: str) -> None:
+    def _refuse(self, request: Request, code: RefusalCode, message: str, *, param: str | None = None) -> None:
         self._num_refused += 1
         self._leave(request)
-        request.events.put_nowait(Refused(request_id=request.request_id, code=code, message=message))
+        refused = Refused(request_id=request.request_id, code=code, message=message, param=param)
+        request.events.put_nowait(refused)
 
     def _refuse_all(self, code: RefusalCode, message: str) -> None:
         for request in tuple(self._requests.values()):
@@ -362,11 +382,21 @@ class Engine:
         """Append the samples and decide who goes on; the rest of the work waits until the next step is sent."""
         self._sent_steps.pop(output.step, None)
         for sequence, sample in self.scheduler.complete(output):
-            choice = self._choices[sequence.sequence_id]
+            choice = self._choices.get(sequence.sequence_id)
+            if choice is None:
+                continue  # another choice of its request has just ended it
+            if sample.problem is not None:
+                self._refuse_grammar(choice.request, sample.problem)
+                continue
             if not choice.accept(sample):
                 self.scheduler.end(sequence)
             self._progressed.append(choice)
         self._telemetry.step_done(output.timing)
+
+    def _refuse_grammar(self, request: Request, problem: str) -> None:
+        grammar = request.choices[0].sequence.sampling.grammar
+        param = grammar.param if grammar is not None else None
+        self._refuse(request, "invalid_request", f"{param} cannot be followed any further: {problem}", param=param)
 
     def _emit_progress(self) -> None:
         """Send what the samples taken last mean to the clients."""

@@ -62,12 +62,12 @@ class Choice:
     def accept(self, sample: Sample) -> bool:
         """Take the token just appended to the sequence; False when the choice has ended with it."""
         self._sample = sample
-        self._check_token(sample.token_id)
+        self._check_token(sample.token_id, ends_grammar=sample.ended)
         if self.sequence.sampling.stop:
             self._text = self._make_text(sample.token_id)
         return self.finish_reason is None
 
-    def _check_token(self, token_id: int) -> None:
+    def _check_token(self, token_id: int, *, ends_grammar: bool = False) -> None:
         sequence, sampling = self.sequence, self.sequence.sampling
         num_emitted = sequence.num_emitted
         if num_emitted > sampling.min_tokens:
@@ -77,7 +77,11 @@ class Choice:
                 self.finish_reason = "stop"
                 self._hide_token = not sampling.include_stop_str_in_output
                 return
-        if num_emitted >= sampling.max_tokens:
+        if ends_grammar:  # whatever min_tokens and ignore_eos say: nothing may follow
+            self.finish_reason = "stop"
+            is_end_token = token_id in self._tokenizer.eos_token_ids
+            self._hide_token = is_end_token and not sampling.include_stop_str_in_output
+        elif num_emitted >= sampling.max_tokens:
             self.finish_reason = "length"
 
     def _make_text(self, token_id: int) -> str:

@@ -37,6 +37,7 @@ from deployments.messages import (
     Tokenize,
     Tokenized,
 )
+from deployments.replica.constraints import GrammarChecker
 from deployments.replica.embed import EmbedConfig, EmbedEngine
 from deployments.replica.engine import Engine, EngineConfig
 from deployments.replica.session import GatewaySession
@@ -76,10 +77,18 @@ _HARMLESS = (
 class ReplicaService:
     """Answers gateways over the Channel; made by :meth:`start`. Holds no weights."""
 
-    def __init__(self, args: ModelAppArgs, replica_id: str, tokenizer: TextTokenizer, stages: StageGroup) -> None:
+    def __init__(
+        self,
+        args: ModelAppArgs,
+        replica_id: str,
+        tokenizer: TextTokenizer,
+        grammars: GrammarChecker,
+        stages: StageGroup,
+    ) -> None:
         self._args = args
         self._replica_id = replica_id
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._stages = stages
         self._telemetry = ReplicaTelemetry(model=args.model, version=args.version)
         self._listener = Listener(self._converse)
@@ -96,8 +105,9 @@ class ReplicaService:
         """
         stages = StageGroup(args, group, replica_id)
         try:
-            link, tokenizer = await asyncio.gather(stages.start(), asyncio.to_thread(_load_tokenizer, args))
-            service = cls(args, replica_id, tokenizer, stages)
+            loading = asyncio.to_thread(_load_tokenizer, args)
+            link, (tokenizer, grammars) = await asyncio.gather(stages.start(), loading)
+            service = cls(args, replica_id, tokenizer, grammars, stages)
             await service._start_engine(link)
             await service._listener.start(ray.util.get_node_ip_address())
         except BaseException:
@@ -110,7 +120,9 @@ class ReplicaService:
         if args.task == "embed":
             self._engine = EmbedEngine(_embed_config(args), self._tokenizer, link)
         else:
-            self._engine = Engine(_engine_config(args), self._tokenizer, link, telemetry=self._telemetry)
+            self._engine = Engine(
+                _engine_config(args), self._tokenizer, link, grammars=self._grammars, telemetry=self._telemetry
+            )
         await self._engine.start()
         await self._warm_up()
         self._supervisor = Supervisor(self._engine, self._stages, link)
@@ -210,6 +222,7 @@ class ReplicaService:
         for task in self._tasks:
             task.cancel()
         await self._engine.stop()
+        await self._grammars.stop()
         await self._listener.stop()
         self._stages.kill()
         logger.info("%s: replica %s drained in %.1f s", self._args.app, self._replica_id, time.monotonic() - begin)
@@ -224,9 +237,10 @@ def product_digest(args: ModelAppArgs) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _load_tokenizer(args: ModelAppArgs) -> TextTokenizer:
+def _load_tokenizer(args: ModelAppArgs) -> tuple[TextTokenizer, GrammarChecker]:
     registry = Registry(args.storage)
-    return TextTokenizer.load(materialize(registry, registry.get(args.registry_name or args.model, args.version)))
+    directory = materialize(registry, registry.get(args.registry_name or args.model, args.version))
+    return TextTokenizer.load(directory), GrammarChecker(directory / "tokenizer.json")
 
 
 def _engine_config(args: ModelAppArgs) -> EngineConfig:

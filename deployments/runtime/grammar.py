@@ -8,7 +8,7 @@ Masks are computed on a thread of their own, which holds no interpreter lock mea
 begins when a token has been chosen, and is usually there before the logits of the next step are.
 
 What a grammar may cost is limited three times: by the library's own limits, by the processor time of compiling it
-(``deployments.replica.grammar_check``, before it is admitted), and by the processor time of all its masks, here.
+(``deployments.runtime.grammar_check``, before it is admitted), and by the processor time of all its masks, here.
 """
 
 import threading
@@ -72,7 +72,7 @@ class GrammarCompiler:
         with self._lock:
             matcher = None if anew else self._compiled.get(grammar)
         if matcher is None:
-            matcher = self._compile(grammar)
+            matcher = self.compile_alone(grammar)
         with self._lock:
             self._compiled[grammar] = matcher
             self._compiled.move_to_end(grammar)
@@ -80,12 +80,18 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
         return matcher.deep_copy()
 
-    def _compile(self, grammar: Grammar) -> "LLMatcher":
+    def load_tokenizer(self, end_token_ids: Sequence[int]) -> "LLTokenizer":
+        """The tokenizer, read when first asked for; GrammarError where it will not do."""
+        if self._tokenizer is None:
+            self._tokenizer = _load_tokenizer(self._tokenizer_file, end_token_ids)
+        return self._tokenizer
+
+    def compile_alone(self, grammar: Grammar) -> "LLMatcher":
+        """A matcher that shares nothing; GrammarError where the grammar or the tokenizer will not do."""
         from llguidance import LLMatcher  # noqa: PLC0415 - loaded with the first constrained request
 
-        if self._tokenizer is None:
-            self._tokenizer = _load_tokenizer(self._tokenizer_file, grammar.end_token_ids)
-        matcher = LLMatcher(self._tokenizer, _translate(grammar), log_level=0, limits=_limits())
+        tokenizer = self.load_tokenizer(grammar.end_token_ids)
+        matcher = LLMatcher(tokenizer, _translate(grammar), log_level=0, limits=_limits())
         _check(matcher)
         return matcher
 
@@ -127,9 +133,7 @@ class EndRules:
 class Constraint:
     """One sequence under one grammar. Not thread-safe: ``mask``, then ``accept``, in turns."""
 
-    def __init__(
-        self, compiler: GrammarCompiler, grammar: Grammar, emitted: Sequence[int], rules: EndRules
-    ) -> None:
+    def __init__(self, compiler: GrammarCompiler, grammar: Grammar, emitted: Sequence[int], rules: EndRules) -> None:
         self._compiler = compiler
         self._grammar = grammar
         self._emitted = list(emitted)

@@ -36,7 +36,9 @@ def grammar(kind: str, text: str | dict[str, Any], **fields: Any) -> Grammar:
     return Grammar(kind=kind, text=content, end_token_ids=(EOS_ID,), **fields)
 
 
-def start(constraint: Grammar | None, emitted: tuple[int, ...] = (), *, seed: int = 1, **params: Any) -> SequenceStart:
+def start(
+    constraint: Grammar | None, emitted: tuple[int, ...] = (), *, seed: int = 1, **params: Any
+) -> SequenceStart:
     sampling = SamplingParams(**({"max_tokens": 400, "grammar": constraint} | params))
     return SequenceStart(1, (5, 6, *emitted), 2, sampling, seed, 0, () if sampling.ignore_eos else (EOS_ID,))
 
@@ -139,7 +141,7 @@ def test_a_stop_token_that_alone_is_allowed_is_taken_however_early(compiler: Gra
 
 
 def test_no_bias_lets_in_what_the_grammar_forbids(compiler: GrammarCompiler) -> None:
-    biases = {token_id: 100.0 for token_id in range(100, 140)} | dict.fromkeys(range(2, 99), -100.0)
+    biases = dict.fromkeys(range(100, 140), 100.0) | dict.fromkeys(range(2, 99), -100.0)
     tokens, ended = run(compiler, start(grammar("regex", "[0-9]{5}"), logit_bias=biases, repetition_penalty=1.5))
     assert ended
     assert re.fullmatch("[0-9]{5}", text_of(tokens))
