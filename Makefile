@@ -11,7 +11,7 @@ help:
 	@echo "make status  what runs now"
 	@echo "make test    every test (unit, contracts, ray, e2e)"
 	@echo "make check   formatter, linter, types, import contracts"
-	@echo "make bench   the benchmarks in tests/bench"
+	@echo "make bench   start times and speed (more: python -m tests.bench)"
 
 # pip runs only when pyproject.toml changed since the last successful install.
 .venv/.installed: pyproject.toml
@@ -50,7 +50,8 @@ test: test-unit
 	$(BIN)/python -m pytest tests/ray tests/e2e
 
 bench: .venv/.installed-dev
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench start
+	$(BIN)/python -m tests.bench generate
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
