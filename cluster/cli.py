@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,9 +28,10 @@ from cluster.control.dashboard import Dashboard
 from cluster.control.logs import LogLine, follow_logs, log_files, read_logs
 from cluster.control.observe import cluster_status
 from cluster.control.provider import ray_of
+from cluster.control.quality import measure_quality, written_format
 from cluster.control.report import report_to
 from cluster.control.samples import base_url, first_answers, next_steps
-from cluster.control.tables import plan_view, status_view
+from cluster.control.tables import plan_view, quality_view, status_view
 from cluster.errors import ControlError, MantaError, UsageError
 from cluster.plan.diff import Nothing
 from cluster.units import parse_seconds
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(verbs, "down", _down, "stop what `up` started, and nothing else", config=True)
     _add_chat(verbs)
     _add_logs(verbs)
+    _add_quality(verbs)
     config_verb = verbs.add_parser("config", help="about the config file").add_subparsers(
         required=True, metavar="VERB"
     )
@@ -138,6 +141,23 @@ def _add_logs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     logs.add_argument("-f", "--follow", action="store_true", help="go on as lines are added, until Ctrl-C")
     logs.add_argument(
         "-n", "--lines", type=_count, default=100, metavar="N", help="last N lines of each (default 100)"
+    )
+
+
+def _add_quality(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    quality = _add(
+        verbs, "quality", _quality, "measure what int8 and int4 weights would cost a model in quality", config=True
+    )
+    quality.add_argument("model", metavar="MODEL", help="name of the model in the YAML; it must be imported")
+    quality.add_argument(
+        "--text", type=Path, required=True, metavar="FILE", help="text like that of its users, in UTF-8"
+    )
+    quality.add_argument(
+        "--windows",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="pieces of 1024 tokens (or of the context, if shorter) to read from all over it (default 8)",
     )
 
 
@@ -220,6 +240,21 @@ def _down(args: argparse.Namespace) -> int:
     return 0
 
 
+def _quality(args: argparse.Namespace) -> int:
+    config = load_config(args.config)
+    report = report_to()
+    try:
+        qualities = measure_quality(config, args.model, args.text, report, num_windows=args.windows)
+    finally:
+        report.close()
+    if args.json:
+        _print_json([asdict(each) for each in qualities])
+    else:
+        (model,) = (model for model in config.models if model.name == args.model)
+        Console().print(quality_view(qualities, written_format(model)))
+    return 0
+
+
 def _chat(args: argparse.Namespace) -> int:
     url = base_url(load_config(args.config)) if args.config is not None else args.url or _DEFAULT_URL
     gateway = Gateway(url, temperature=args.temperature, max_answer_tokens=args.max_tokens)
@@ -284,7 +319,7 @@ def _seconds(text: str) -> float:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of lines; write 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write 1 or more")
     return int(text)
 
 

@@ -1,6 +1,6 @@
 """Plans and states for people: what the control path knows in, text that fits 80 columns out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.control.observe import ClusterStatus, ReplicaStatus, VersionStatus
+from cluster.control.quality import FormatQuality
 from cluster.plan.diff import Action
 from cluster.plan.types import ModelAppArgs, ModelPlan, NodePlan, Plan, StagePlan
 from cluster.units import format_bytes
@@ -92,6 +93,24 @@ def status_view(status: ClusterStatus) -> RenderableType:
             if version.replicas:
                 parts.append(_replica_table(version.replicas))
     return Group(*parts)
+
+
+def quality_view(qualities: Sequence[FormatQuality], in_force: str) -> RenderableType:
+    """One row per format; the one that the config asks for is marked."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("format")
+    for name in ("perplexity", "ratio", "same token", "weights"):
+        table.add_column(name, justify="right")
+    table.add_column("kernels")
+    for each in qualities:
+        mark = " *" if each.format == in_force else ""
+        numbers = (f"{each.perplexity:.3f}", f"{each.ratio:.4f}", f"{each.same_choice:.1%}")
+        table.add_row(f"{each.format}{mark}", *numbers, format_bytes(each.weight_bytes), each.kernels)
+    return Group(
+        table,
+        Text(f"Over {qualities[0].num_tokens} tokens; lower perplexity is better. * what the config asks for."),
+        Text(f"same token: the most likely next token is that of {qualities[0].format}."),
+    )
 
 
 def _version_line(version: VersionStatus) -> str:

@@ -8,7 +8,7 @@ DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZED_BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
 _HEAD_BITS = 8
 _GROUP_SIZE = 64
-"""Quantized weights that share one float32 scale."""
+"""4-bit weights that share one float32 scale; 8-bit ones do by the row."""
 _FLOAT32_BYTES = 4
 _MAX_PADDING = 2
 """Padded area of gathered contexts over their tokens, at most."""
@@ -43,17 +43,19 @@ def weight_bytes(
     if quantization is None:
         shared = first and facts.tied_head
         return (layers + embedding + (0 if shared else head)) * size + other
+    row = facts.hidden_size
     return (
-        _quantized_bytes(layers, QUANTIZED_BITS[quantization])
+        _quantized_bytes(layers, QUANTIZED_BITS[quantization], row)
         + embedding * size
-        + _quantized_bytes(head, _HEAD_BITS)
+        + _quantized_bytes(head, _HEAD_BITS, row)
         + other
     )
 
 
-def _quantized_bytes(num_params: int, bits: int) -> int:
-    """Packed integers and their scales."""
-    return num_params * bits // 8 + -(-num_params // _GROUP_SIZE) * _FLOAT32_BYTES
+def _quantized_bytes(num_params: int, bits: int, row: int) -> int:
+    """Packed integers and their scales, in rows of ``row``: longer ones have fewer scales."""
+    group = row if bits == _HEAD_BITS else _GROUP_SIZE
+    return num_params * bits // 8 + -(-num_params // group) * _FLOAT32_BYTES
 
 
 def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype) -> int:

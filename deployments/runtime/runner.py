@@ -48,6 +48,7 @@ class StageRunner:
             quantization=config.quantization,
         )
         text = self.model.config
+        self.kernels = "torch"
         self.dtype = config.dtype
         self.hidden_size: int = text.hidden_size
         self._cache = KVCache(

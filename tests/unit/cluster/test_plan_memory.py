@@ -33,12 +33,12 @@ def test_untied_stages_add_up_to_the_whole_model(cuts):
     assert parts == weight_bytes(untied, start=0, stop=30, dtype="float16")
 
 
-@pytest.mark.parametrize(("quantization", "bytes_of_64"), [("int8", 64 + 4), ("int4", 32 + 4)])
+@pytest.mark.parametrize(("quantization", "bytes_of_row"), [("int8", 576 + 4), ("int4", 576 // 2 + 576 // 64 * 4)])
 def test_quantized_layers_are_integers_and_scales_beside_the_embedding_and_a_head_in_8_bits(
-    quantization, bytes_of_64
+    quantization, bytes_of_row
 ):
-    layers = 30 * SMOLLM2_LAYER_PARAMS // 64 * bytes_of_64
-    head = 28_311_552 // 64 * 68
+    layers = 30 * SMOLLM2_LAYER_PARAMS // 576 * bytes_of_row
+    head = 28_311_552 // 576 * 580
     whole = weight_bytes(facts(), start=0, stop=30, dtype="bfloat16", quantization=quantization)
     assert whole == layers + head + (28_311_552 + 576) * 2
     parts = [
