@@ -77,6 +77,11 @@ class Dashboard:
         """Nodes with ``node_id``, ``node_ip``, ``state`` and ``is_head_node``."""
         return list(self._json("GET", f"/api/v0/nodes?detail=true&limit={_STATE_LIMIT}")["data"]["result"]["result"])
 
+    def placement_groups(self) -> list[dict[str, Any]]:
+        """All placement groups, removed ones too, each with ``placement_group_id``, ``name`` and ``state``."""
+        path = f"/api/v0/placement_groups?detail=true&limit={_STATE_LIMIT}"
+        return list(self._json("GET", path)["data"]["result"]["result"])
+
     def read_log(self, file: dict[str, str], num_lines: int) -> str:
         """The last ``num_lines`` lines of a log, as the agent of its node reads it.
 

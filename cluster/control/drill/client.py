@@ -3,7 +3,7 @@
 import asyncio
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 
@@ -16,11 +16,10 @@ _READ_BUFFER_BYTES = 2**20
 
 
 class Client:
-    """Sends requests to one gateway; ``patience_s`` after sending, a request that has not ended never will."""
+    """Sends requests to one gateway, each over a connection of its own."""
 
-    def __init__(self, url: str, patience_s: float) -> None:
+    def __init__(self, url: str) -> None:
         self._url = url
-        self._patience_s = patience_s
         self._session: aiohttp.ClientSession
 
     async def __aenter__(self) -> Self:
@@ -36,21 +35,15 @@ class Client:
     ) -> None:
         await self._session.close()
 
-    async def send(self, outcome: Outcome) -> None:
-        """Send the ask and read to the end; every way it can end is written into ``outcome``."""
+    async def send(self, outcome: Outcome, patience_s: float) -> None:
+        """Send the ask and read to the end, which is ``unended`` when it does not come within ``patience_s``."""
         try:
-            async with asyncio.timeout(self._patience_s):
+            async with asyncio.timeout(patience_s):
                 await self._read(outcome)
         except TimeoutError:
-            self._end_unended(outcome)
+            _end_unended(outcome, patience_s)
         except (aiohttp.ClientError, OSError) as error:
             outcome.finish("broken", time.monotonic(), f"{type(error).__name__}: {error}")
-
-    def _end_unended(self, outcome: Outcome) -> None:
-        if outcome.end is None:
-            outcome.finish("unended", time.monotonic(), f"no end after {self._patience_s:g} s")
-        else:
-            outcome.violations.append("the connection stays open after the end")
 
     async def _read(self, outcome: Outcome) -> None:
         reader = ResponseReader(outcome)
@@ -67,21 +60,26 @@ class Client:
         if outcome.end is None:
             outcome.finish("broken", time.monotonic(), "the stream ended without [DONE] and without an error")
 
-    async def drop(self, ask: Ask, num_events: int) -> None:
-        """Send ``ask`` and close the connection after ``num_events`` lines of the answer, or when it fails."""
+    async def drop(self, ask: Ask, after_s: float) -> None:
+        """Send ``ask`` and leave after ``after_s``, wherever the answer is then."""
         try:
-            async with asyncio.timeout(self._patience_s):
-                response = await self._session.post(self._url + ask.path, json=ask.body)
-                for _ in range(num_events):
-                    await response.content.readline()
-                response.close()
+            async with asyncio.timeout(after_s):
+                async with self._session.post(self._url + ask.path, json=ask.body) as response:
+                    await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError):
             return
 
-    async def health(self) -> dict[str, object]:
+    async def health(self) -> dict[str, Any]:
         """The gateway's own account of itself; empty while there is none."""
         try:
             async with self._session.get(f"{self._url}/health") as response:
                 return dict(await response.json()) if response.status == 200 else {}
         except (aiohttp.ClientError, OSError, ValueError):
             return {}
+
+
+def _end_unended(outcome: Outcome, patience_s: float) -> None:
+    if outcome.end is None:
+        outcome.finish("unended", time.monotonic(), f"no end after {patience_s:g} s")
+    else:
+        outcome.violations.append("the connection stays open after the end")

@@ -19,6 +19,8 @@ class Promise:
     text: str
     kept: bool
     detail: str
+    shown: bool = False
+    """Whether the numbers are of interest also where it was kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

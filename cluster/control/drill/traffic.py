@@ -25,11 +25,13 @@ async def ticks(timeout_s: float, period_s: float = _POLL_S) -> AsyncGenerator[f
 class Traffic:
     """Sends the asks of a pool in turn, in lanes (the next when one has ended) or at a rate (whatever happens)."""
 
-    def __init__(self, client: Client, asks: Sequence[Ask]) -> None:
+    def __init__(self, client: Client, asks: Sequence[Ask], patience_s: float) -> None:
+        """A request that has not ended after ``patience_s`` is given up."""
         self.outcomes: list[Outcome] = []
         self._client = client
         self._pool = itertools.cycle(enumerate(asks))
         self._tasks: set[asyncio.Task[None]] = set()
+        self._patience_s = patience_s
         self._stopping = False
 
     def start_lanes(self, count: int) -> None:
@@ -48,7 +50,7 @@ class Traffic:
         async for elapsed_s in ticks(seconds, period_s=min(0.02, 1 / per_second)):
             due = int(elapsed_s * per_second) + 1
             while len(self.outcomes) < due:
-                self._begin(self._client.send(self._next()))
+                self._begin(self._client.send(self._next(), self._patience_s))
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -62,7 +64,7 @@ class Traffic:
 
     async def _send_next(self) -> Outcome:
         outcome = self._next()
-        await self._client.send(outcome)
+        await self._client.send(outcome, self._patience_s)
         return outcome
 
     def _next(self) -> Outcome:
@@ -100,7 +102,7 @@ class Traffic:
         return False
 
     async def stop(self) -> None:
-        """Send nothing more, and wait for what is under way; the client's patience bounds that."""
+        """Send nothing more, and wait for what is under way; the patience bounds that."""
         self._stopping = True
         while self._tasks:
             await asyncio.gather(*self._tasks)
