@@ -36,6 +36,8 @@ _GOLDEN_LANES = 4
 _REPORTED_S = 2.5
 """Replicas tell the gateway how busy they are once a second; what it says then is of after the traffic."""
 _CLEAN_TIMEOUT_S = 60.0
+_MOMENT_S = 1.0
+"""A kill comes at a random moment of this time, wherever streams are then."""
 
 
 class Drill:
@@ -159,7 +161,7 @@ class Drill:
         """Hurt ``victims`` while tokens flow; wait until every stream of then has ended and replicas are whole."""
         if not await phase.traffic.flowing(self.options.patience_s):
             raise ControlError("no tokens come, although nothing has been done yet")
-        await asyncio.sleep(self.random.random())
+        await asyncio.sleep(self.random.uniform(0, _MOMENT_S))
         num_replicas = len(await in_thread(self.site.replicas))
         open_streams = phase.traffic.in_flight
         now = time.monotonic()
