@@ -65,7 +65,8 @@ def quantize(weight_NK: torch.Tensor, *, bits: Bits, group_size: int | None = No
     """Quantize a matrix; any float dtype, on any device, result on the same device.
 
     8 bits: scale = absmax / 127. 4 bits: scale = the value of largest magnitude / -8, so that all sixteen levels are
-    used. A group of zeros has scale 0. ``group_size`` None is a whole row for 8 bits, 64 for 4 bits. Raises ValueError when ``weight_NK`` holds an infinity or NaN.
+    used. A group of zeros has scale 0. ``group_size`` None is a whole row for 8 bits, 64 for 4 bits. Raises
+    ValueError when ``weight_NK`` holds an infinity or NaN.
     """
     num_rows, num_columns = weight_NK.shape
     group_size = group_size or (num_columns if bits == 8 else GROUP_SIZE)
