@@ -1,0 +1,54 @@
+// Sixteen floats at a time: rounding to bfloat16, exponentials, and the tile registers' configuration.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace manta {
+
+constexpr int kTileBytes = 1024;  // 16 rows of 64 bytes
+constexpr int kLane = 16;         // floats in a vector; rows and columns of a result tile
+
+inline int divide_up(int value, int by) { return (value + by - 1) / by; }
+inline int round_up(int value, int to) { return divide_up(value, to) * to; }
+
+inline __m512 from_bf16(const uint16_t* source) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline __m256i to_bf16(__m512 value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)); }
+
+// 2^x with a relative error of about 1e-7; 0 below -126 (also for minus infinity).
+inline __m512 exp2_of(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 part = _mm512_sub_ps(x, whole);
+  __m512 sum = _mm512_set1_ps(1.5403530393381609e-4f);  // ln(2)^n / n!
+  sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(1.3333558146428443e-3f));
+  sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(9.6181291076284772e-3f));
+  sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(5.5504108664821580e-2f));
+  sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(2.4022650695910072e-1f));
+  sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(6.9314718055994531e-1f));
+  sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(sum, whole);
+}
+
+// x / (1 + e^-x)
+inline __m512 silu_of(__m512 x) {
+  const __m512 power = exp2_of(_mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.4426950408889634f)), _mm512_set1_ps(127.0f)));
+  return _mm512_div_ps(x, _mm512_add_ps(power, _mm512_set1_ps(1.0f)));
+}
+
+// The compiler does not know that tile loads read memory; earlier stores must not move behind them.
+inline void finish_stores() { asm volatile("" ::: "memory"); }
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+}  // namespace manta
