@@ -11,6 +11,7 @@ import cluster
 from cluster.errors import ControlError
 
 PACKAGES = ("cluster", "deployments", "train_jobs")
+SUFFIXES = (".py", ".cpp", ".h")
 
 
 def install_root() -> Path:
@@ -19,11 +20,11 @@ def install_root() -> Path:
 
 
 def code_digest(root: Path | None = None) -> str:
-    """SHA-256 over path and bytes of every ``.py`` file of the three packages, in order of their paths."""
+    """SHA-256 over path and bytes of every source file (Python, C++) of the three packages, in order of paths."""
     root = root or install_root()
     digest = hashlib.sha256()
     for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
+        for path in sorted(path for path in (root / package).rglob("*") if path.suffix in SUFFIXES):
             content = path.read_bytes()
             digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
             digest.update(content)

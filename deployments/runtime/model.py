@@ -4,7 +4,6 @@ A layer outside the slice becomes a :class:`PassThrough`, so layer indices, para
 model's own ``forward`` does per layer stay as they are. An inner stage receives hidden states in place of embeddings.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,19 +15,8 @@ from transformers.utils import logging as transformers_logging
 from deployments.runtime import attention
 from deployments.runtime.quantize import Quantization
 from deployments.runtime.rounding import round_weights
+from deployments.runtime.settings import StageSlice
 from deployments.runtime.support import UnsupportedModelError, check_supported
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageSlice:
-    """Which part of a model a stage holds: layers ``start .. stop`` (half-open), and whether it is an end."""
-
-    start: int
-    stop: int
-    is_first: bool
-    is_last: bool
 
 
 class PassThrough(nn.Module):

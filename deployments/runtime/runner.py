@@ -1,72 +1,93 @@
 """One stage at work: a step and hidden states in, hidden states or samples out."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+import importlib
+import logging
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from deployments.messages import Sample, StepInput
-from deployments.runtime.attention import PagedStep
+from deployments.messages import Sample, SequenceStep, StepInput
 from deployments.runtime.grammar import GrammarCompiler
-from deployments.runtime.kv_cache import KVCache, lay_out
-from deployments.runtime.model import StageSlice, load_stage
-from deployments.runtime.quantize import Quantization
+from deployments.runtime.native.architecture import NotNativeError
+from deployments.runtime.native.slice import NativeSlice
 from deployments.runtime.sample import Sampler
+from deployments.runtime.settings import RunnerConfig
 from deployments.runtime.support import UnsupportedModelError
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerConfig:
-    """Everything one stage's runtime must know."""
 
-    directory: Path
-    part: StageSlice
+class LoadedSlice(Protocol):
+    """A slice of a model with its KV cache; native or torch."""
+
     dtype: torch.dtype
-    device: torch.device
-    context_tokens: int
-    num_blocks: int
-    block_tokens: int
-    quantization: Quantization | None = None
-    kernels: Literal["auto", "native", "torch"] = "auto"
+    """Of the activations that :meth:`compute` returns."""
+    hidden_size: int
+    vocab_size: int
+    kernels: str
+    """What computes: ``amx-bf16``, ``amx-int8``, ``amx-int4`` or ``torch``."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in memory."""
+
+    def compute(
+        self, sequences: Sequence[SequenceStep], hidden_TD: torch.Tensor | None, every_row: bool
+    ) -> torch.Tensor:
+        """Activations, or on the last stage logits."""
+
+
+def load_slice(config: RunnerConfig) -> LoadedSlice:
+    """The slice on native kernels, or on torch where ``config.kernels`` or the model or the machine wants it so.
+
+    The log says which, and why. Importing transformers takes seconds, so only what needs it does.
+    Raises UnsupportedModelError where ``config.kernels`` is native and they cannot be used.
+    """
+    reason = "kernels is set to torch"
+    if config.kernels != "torch":
+        try:
+            native = NativeSlice(config)
+        except NotNativeError as error:
+            reason = str(error)
+        else:
+            logger.info("native kernels, %s, %d threads", native.kernels, config.num_threads)
+            return native
+    if config.kernels == "native":
+        raise UnsupportedModelError(f"native kernels cannot be used: {reason}; set kernels to auto")
+    logger.info("torch kernels: %s", reason)
+    loaded: LoadedSlice = importlib.import_module("deployments.runtime.torch_slice").TorchSlice(config)
+    return loaded
 
 
 class StageRunner:
     """The slice's model with its KV cache and, on the last stage, the sampler. Not thread-safe."""
 
     def __init__(self, config: RunnerConfig) -> None:
-        if config.kernels == "native":
-            raise UnsupportedModelError("no native kernels for this processor; set kernels to auto")
         self._part = config.part
-        self._device = config.device
-        self.model = load_stage(
-            config.directory,
-            config.part,
-            dtype=config.dtype,
-            device=config.device,
-            context_tokens=config.context_tokens,
-            quantization=config.quantization,
-        )
-        text = self.model.config
-        self.kernels = "torch"
-        self.dtype = config.dtype
-        self.hidden_size: int = text.hidden_size
-        self._cache = KVCache(
-            layers=range(config.part.start, config.part.stop),
-            num_blocks=config.num_blocks,
-            block_tokens=config.block_tokens,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            dtype=config.dtype,
-            device=config.device,
-        )
+        self.slice = load_slice(config)
         self._grammars = GrammarCompiler(config.directory / "tokenizer.json")
         self._sampler = Sampler(self._grammars)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states between stages."""
+        return self.slice.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.slice.hidden_size
+
+    @property
+    def kernels(self) -> str:
+        """What computes: ``amx-bf16``, ``amx-int8``, ``amx-int4`` or ``torch``."""
+        return self.slice.kernels
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes of parameters this stage holds; a tensor shared by two modules counts once."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        """Bytes of the weights this stage holds."""
+        return self.slice.weight_bytes
 
     def forget(self) -> None:
         """Forget every sequence; what the cache holds is never read again."""
@@ -96,23 +117,4 @@ class StageRunner:
         Logits [num_rows, vocab_size] are of the sequences that asked for a sample, in order; with ``every_row`` of
         every token of the step.
         """
-        layout = lay_out(step.sequences, self._cache)
-        rows = torch.arange(len(layout.token_ids_T), device=self._device) if every_row else layout.sample_rows
-        inputs = (
-            {"input_ids": layout.token_ids_T[None]}
-            if hidden_TD is None
-            else {"inputs_embeds": hidden_TD[None].to(self._device)}
-        )
-        common = {
-            "position_ids": layout.positions_T[None],
-            "use_cache": False,
-            "paged_step": PagedStep(layout=layout, cache=self._cache),
-        }
-        if not self._part.is_last:
-            output: torch.Tensor = self.model.base_model(**inputs, **common).last_hidden_state[0]
-            return output
-        if not len(rows):
-            self.model.base_model(**inputs, **common)
-            return torch.empty((0, self.model.config.vocab_size), device=self._device)
-        logits: torch.Tensor = self.model(**inputs, **common, logits_to_keep=rows).logits[0]
-        return logits
+        return self.slice.compute(step.sequences, hidden_TD, every_row)

@@ -1,6 +1,7 @@
 """The Ray actor around one stage: placed by Ray, loaded once, then its loop runs beside it on a thread of its own."""
 
 import asyncio
+import importlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,11 @@ from cluster.plan.types import ModelAppArgs
 from cluster.registry.materialize import materialize
 from cluster.registry.store import Registry
 from cluster.telemetry.log import log_to_stderr
-from deployments.runtime.encoder import EncoderRunner
-from deployments.runtime.model import DTYPES, StageSlice
-from deployments.runtime.runner import RunnerConfig, StageRunner
+from deployments.runtime.runner import StageRunner
+from deployments.runtime.settings import DTYPES, RunnerConfig, StageSlice
 from deployments.stage.link import StageAddress
 from deployments.stage.telemetry import StageTelemetry
-from deployments.stage.worker import StagePosition, StageWorker
+from deployments.stage.worker import EmbedRunner, StagePosition, StageWorker
 
 
 class StageActor:
@@ -27,7 +27,7 @@ class StageActor:
     def __init__(self, args: ModelAppArgs, index: int) -> None:
         self._args = args
         self._plan = args.stages[index]
-        self._runner: StageRunner | EncoderRunner | None = None
+        self._runner: StageRunner | EmbedRunner | None = None
         self._worker: StageWorker | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="stage-loop", daemon=True)
@@ -48,10 +48,12 @@ class StageActor:
         address, secret = self._call(self._listen())
         return StageAddress(address=address, secret=secret)
 
-    def _load(self, directory: Path) -> StageRunner | EncoderRunner:
+    def _load(self, directory: Path) -> StageRunner | EmbedRunner:
         dtype, device = DTYPES[self._args.dtype], torch.device(self._args.device)
         if self._args.task == "embed":
-            return EncoderRunner(directory, dtype=dtype, device=device)
+            encoder = importlib.import_module("deployments.runtime.encoder")  # and transformers with it: seconds
+            runner: EmbedRunner = encoder.EncoderRunner(directory, dtype=dtype, device=device)
+            return runner
         part = StageSlice(
             start=self._plan.layer_start,
             stop=self._plan.layer_stop,
@@ -69,6 +71,7 @@ class StageActor:
                 block_tokens=self._args.block_tokens,
                 quantization=self._args.quantization,
                 kernels=self._args.kernels,
+                num_threads=self._args.threads_per_stage,
             )
         )
 

@@ -5,6 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+SUFFIXES = (".py", ".cpp", ".h")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -24,5 +25,7 @@ def test_the_wheel_holds_exactly_the_three_packages(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"cluster", "deployments", "train_jobs"}
-    sources = {str(path.relative_to(copy)) for top in tops for path in (copy / top).rglob("*.py")}
-    assert sources <= set(names), "every module is in the wheel"
+    sources = {
+        str(path.relative_to(copy)) for top in tops for path in (copy / top).rglob("*") if path.suffix in SUFFIXES
+    }
+    assert sources <= set(names), "every module and every source of the kernels is in the wheel"

@@ -100,7 +100,7 @@ def test_embeddings_are_those_of_plain_transformers(client: openai.OpenAI) -> No
 def our_distributions(directory: Path, prompt: list[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens over three uneven stages, the prompt in chunks of 4; and their distributions, [tokens, V]."""
     runners = load_runners(directory, [0, 11, 19, 30], num_blocks=16, block_tokens=16, dtype="bfloat16")
-    vocabulary = runners[-1].model.config.vocab_size
+    vocabulary = runners[-1].slice.vocab_size
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, logprobs=vocabulary)
     started = (SequenceStart(1, tuple(prompt), len(prompt), sampling, 0, 0, ()),)
     tokens, rows, computed = list(prompt), [], 0

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from deployments.runtime.model import StageSlice
 from deployments.runtime.quantize import Quantization
-from deployments.runtime.runner import RunnerConfig, StageRunner
+from deployments.runtime.runner import StageRunner
+from deployments.runtime.settings import RunnerConfig, StageSlice
 from deployments.stage.link import StageAddress, StageLink
 from deployments.stage.worker import EmbedRunner, StagePosition, StageWorker, StepRunner
 

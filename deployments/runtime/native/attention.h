@@ -186,7 +186,7 @@ class Attention {
       config.rows[tile] = static_cast<uint8_t>(tile < 6 ? num_rows : tile == 6 ? kLane : kUnitTokens / 2);
       config.row_bytes[tile] = tile == 5 ? 32 : 64;
     }
-    _tile_loadconfig(&config);
+    load_configuration(config);
   }
 
   float* score_row(int unit, int row) { return reinterpret_cast<float*>(scores_.data()) + (unit * kLane + row) * kLane; }

@@ -151,7 +151,7 @@ inline void configure_full_tiles() {
     config.rows[tile] = kLane;
     config.row_bytes[tile] = 64;
   }
-  _tile_loadconfig(&config);
+  load_configuration(config);
 }
 
 // The register names must be literal: the compiler's intrinsics paste them into the instruction.

@@ -51,4 +51,10 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
+// The compiler's intrinsic names only the first bytes of the configuration as its input; all must be in memory.
+inline void load_configuration(const TileConfig& config) {
+  asm volatile("" ::"r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
 }  // namespace manta

@@ -8,14 +8,21 @@ from cluster.errors import ControlError
 
 @pytest.fixture
 def tree(tmp_path):
-    for name in ("cluster/a.py", "deployments/b/c.py", "train_jobs/d.py", "deployments/b/notes.txt", "other/e.py"):
+    for name in (
+        "cluster/a.py",
+        "deployments/b/c.py",
+        "train_jobs/d.py",
+        "deployments/b/k.cpp",
+        "deployments/b/notes.txt",
+        "other/e.py",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# {name}\n")
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["cluster/a.py", "deployments/b/c.py", "train_jobs/d.py"])
+@pytest.mark.parametrize("name", ["cluster/a.py", "deployments/b/c.py", "train_jobs/d.py", "deployments/b/k.cpp"])
 def test_every_source_file_counts(tree, name):
     before = code_digest(tree)
     (tree / name).write_text("changed\n")

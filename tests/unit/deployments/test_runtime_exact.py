@@ -95,7 +95,7 @@ def test_a_stage_holds_only_its_slice(tmp_path: Path) -> None:
     assert first.weight_bytes == layer + embedding
     assert middle.weight_bytes == 2 * layer
     assert last.weight_bytes == layer + embedding + whole.model.norm.weight.nbytes
-    names = dict(middle.model.named_parameters())
+    names = dict(middle.slice.model.named_parameters())
     assert {name.split(".")[2] for name in names} == {"1", "2"}
     assert all(torch.equal(p, dict(whole.named_parameters())[name]) for name, p in names.items())
 

@@ -1,0 +1,153 @@
+"""A checkpoint's tensors into a slice's packed memory: only the slice's own, one at a time.
+
+N output features, K input features.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from deployments.runtime.native.architecture import Architecture, NotNativeError
+from deployments.runtime.native.library import Handle, NormPart, Part
+from deployments.runtime.quantize import Quantization, quantize, quantized_bits
+from deployments.runtime.settings import StageSlice
+
+_MATRICES = {
+    "self_attn.q_proj": Part.QUERY,
+    "self_attn.k_proj": Part.KEY,
+    "self_attn.v_proj": Part.VALUE,
+    "self_attn.o_proj": Part.OUTPUT,
+    "mlp.gate_proj": Part.GATE,
+    "mlp.up_proj": Part.UP,
+    "mlp.down_proj": Part.DOWN,
+}
+_NORMS = {"input_layernorm": NormPart.ATTENTION, "post_attention_layernorm": NormPart.MLP}
+_HEAD_NORMS = {"self_attn.q_norm": NormPart.QUERY, "self_attn.k_norm": NormPart.KEY}
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+class Checkpoint:
+    """The safetensors files of a directory: which tensors there are, and each one on demand."""
+
+    def __init__(self, directory: Path) -> None:
+        index = directory / "model.safetensors.index.json"
+        single = directory / "model.safetensors"
+        if index.is_file():
+            files = json.loads(index.read_text())["weight_map"]
+            self._files = {name: directory / file for name, file in files.items()}
+        elif single.is_file():
+            with safe_open(single, framework="pt") as file:
+                self._files = dict.fromkeys(file.keys(), single)
+        else:
+            raise NotNativeError(f"{directory} has no model.safetensors")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored, on the CPU."""
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+def head_name(architecture: Architecture) -> str:
+    """The tensor that the output head is made of."""
+    return EMBEDDING if architecture.ties_head else HEAD
+
+
+def check_tensors(checkpoint: Checkpoint, architecture: Architecture, part: StageSlice) -> None:
+    """Raise NotNativeError when a tensor that the slice needs is not there under its usual name."""
+    norms = _NORMS | (_HEAD_NORMS if architecture.has_head_norms else {})
+    names = [
+        f"model.layers.{layer}.{name}.weight"
+        for layer in range(part.start, part.stop)
+        for name in (*_MATRICES, *norms)
+    ]
+    names += [EMBEDDING] if part.is_first else []
+    names += [FINAL_NORM, head_name(architecture)] if part.is_last else []
+    missing = [name for name in names if name not in checkpoint]
+    if missing:
+        raise NotNativeError(f"the checkpoint has no tensor {missing[0]}")
+
+
+def load_weights(
+    handle: Handle,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    part: StageSlice,
+    *,
+    quantization: Quantization | None,
+    shares_embedding: bool,
+) -> None:
+    """Pack everything that ``part`` needs; :func:`check_tensors` must have passed. ValueError for a wrong shape."""
+    norms = _NORMS | (_HEAD_NORMS if architecture.has_head_norms else {})
+    expected = _shapes(architecture)
+    for index, layer in enumerate(range(part.start, part.stop)):
+        prefix = f"model.layers.{layer}"
+        for name, matrix in _MATRICES.items():
+            weight = _shaped(checkpoint, f"{prefix}.{name}.weight", expected[matrix])
+            _load_matrix(handle, index, matrix, weight, f"{prefix}.{name}.weight", quantization)
+            if f"{prefix}.{name}.bias" in checkpoint:
+                bias = _float32(_shaped(checkpoint, f"{prefix}.{name}.bias", expected[matrix][:1]))
+                handle.call("load_bias", index, matrix, bias.data_ptr(), len(bias))
+        for name, norm in norms.items():
+            width = architecture.head_dim if name in _HEAD_NORMS else architecture.hidden_size
+            _load_norm(handle, index, norm, _shaped(checkpoint, f"{prefix}.{name}.weight", (width,)))
+    if part.is_last:
+        _load_norm(handle, 0, NormPart.FINAL, _shaped(checkpoint, FINAL_NORM, (architecture.hidden_size,)))
+        weight = _shaped(checkpoint, head_name(architecture), expected[Part.HEAD])
+        _load_matrix(handle, 0, Part.HEAD, weight, HEAD, quantization)
+    if part.is_first and not shares_embedding:
+        embedding = _shaped(checkpoint, EMBEDDING, expected[Part.HEAD]).to(torch.bfloat16).contiguous()
+        handle.call("load_embedding", embedding.data_ptr())
+
+
+def _shapes(architecture: Architecture) -> dict[Part, tuple[int, int]]:
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    queries = architecture.num_query_heads * architecture.head_dim
+    kv = architecture.num_kv_heads * architecture.head_dim
+    return {
+        Part.QUERY: (queries, hidden),
+        Part.KEY: (kv, hidden),
+        Part.VALUE: (kv, hidden),
+        Part.OUTPUT: (hidden, queries),
+        Part.GATE: (inner, hidden),
+        Part.UP: (inner, hidden),
+        Part.DOWN: (hidden, inner),
+        Part.HEAD: (architecture.vocab_size, hidden),
+    }
+
+
+def _shaped(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = checkpoint.read(name)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but config.json says {shape}")
+    return tensor
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32).contiguous()
+
+
+def _load_norm(handle: Handle, layer: int, part: NormPart, tensor: torch.Tensor) -> None:
+    weight = _float32(tensor)
+    handle.call("load_norm", layer, part, weight.data_ptr(), len(weight))
+
+
+def _load_matrix(
+    handle: Handle, layer: int, part: Part, weight_NK: torch.Tensor, name: str, quantization: Quantization | None
+) -> None:
+    num_rows, num_columns = weight_NK.shape
+    bits = quantized_bits(name, weight_NK.shape, quantization)
+    if bits is None:
+        data, scales = weight_NK.to(torch.bfloat16).contiguous(), None
+    else:
+        quantized = quantize(weight_NK, bits=bits)
+        data, scales = quantized.q_NK, quantized.scales_NG
+    handle.call(
+        "load_matrix", layer, part, data.data_ptr(), scales.data_ptr() if scales is not None else None,
+        num_rows, num_columns,
+    )  # fmt: skip
