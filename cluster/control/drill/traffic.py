@@ -47,10 +47,14 @@ class Traffic:
 
     async def send_at_rate(self, per_second: float, seconds: float) -> None:
         """Send ``per_second`` requests for ``seconds``, whether or not earlier ones have ended."""
+        total = int(per_second * seconds)
         async for elapsed_s in ticks(seconds, period_s=min(0.02, 1 / per_second)):
-            due = int(elapsed_s * per_second) + 1
-            while len(self.outcomes) < due:
-                self._begin(self._client.send(self._next(), self._patience_s))
+            self._send_up_to(min(total, int(elapsed_s * per_second) + 1))
+        self._send_up_to(total)
+
+    def _send_up_to(self, count: int) -> None:
+        while len(self.outcomes) < count:
+            self._begin(self._client.send(self._next(), self._patience_s))
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
