@@ -20,10 +20,11 @@ def refuse(
 
 
 def admit_sampling(
-    request: Generate, num_prompt_tokens: int, *, context_tokens: int, vocab_size: int
+    request: Generate, num_prompt_tokens: int, *, context_tokens: int, vocab_size: int, num_token_ids: int
 ) -> SamplingParams:
     """The request's sampling parameters with ``max_tokens`` and ``seed`` decided; raises RequestRefused.
 
+    A client may name ids below ``vocab_size``; the model may have emitted any below ``num_token_ids``.
     ``max_tokens`` None fills the context. A request without a seed gets one drawn here, so that it can be replayed.
     """
     _check_token_ids(request, vocab_size)
@@ -35,7 +36,7 @@ def admit_sampling(
     if sampling.n < 1:
         message = f"n is {sampling.n}; ask for at least 1 choice"
         raise refuse(request.request_id, "invalid_request", message, param="n")
-    _check_emitted(request, max_tokens, vocab_size)
+    _check_emitted(request, max_tokens, num_token_ids)
     seed = secrets.randbits(_SEED_BITS) if sampling.seed is None else sampling.seed
     return msgspec.structs.replace(sampling, max_tokens=max_tokens, seed=seed)
 
@@ -63,7 +64,7 @@ def _max_tokens(request: Generate, num_prompt_tokens: int, context_tokens: int) 
     return request.max_tokens
 
 
-def _check_emitted(request: Generate, max_tokens: int, vocab_size: int) -> None:
+def _check_emitted(request: Generate, max_tokens: int, num_token_ids: int) -> None:
     """What was emitted elsewhere must fit the request; a gateway that sends else has a bug."""
     if request.emitted is None:
         return
@@ -76,8 +77,8 @@ def _check_emitted(request: Generate, max_tokens: int, vocab_size: int) -> None:
         problem = "leaves no choice to go on with"
     elif any(len(choice.token_ids) >= max_tokens for choice in request.emitted if not choice.ended):
         problem = f"has a choice of max_tokens = {max_tokens} tokens that has not ended"
-    elif not all(0 <= token_id < vocab_size for choice in request.emitted for token_id in choice.token_ids):
-        problem = f"has a token id outside 0 to {vocab_size - 1}"
+    elif not all(0 <= token_id < num_token_ids for choice in request.emitted for token_id in choice.token_ids):
+        problem = f"has a token id outside 0 to {num_token_ids - 1}"
     if problem is not None:
         raise refuse(request.request_id, "invalid_request", f"what was emitted elsewhere {problem}")
 

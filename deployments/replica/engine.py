@@ -216,6 +216,7 @@ class Engine:
                 len(prompt_ids),
                 context_tokens=self.config.context_tokens,
                 vocab_size=self._tokenizer.vocab_size,
+                num_token_ids=self._tokenizer.num_token_ids,
             )
             request = Request(
                 generate,

@@ -72,6 +72,8 @@ class TextTokenizer:
         self.eos_token_ids = tuple(eos_token_ids)
         num_known = backend.get_vocab_size(with_added_tokens=True)
         self.vocab_size = num_known if num_embeddings is None else min(num_known, num_embeddings)
+        # A model may have more rows of embedding than its tokenizer has tokens, and emit what has no text.
+        self.num_token_ids = num_known if num_embeddings is None else num_embeddings
         self._tokenizer = tokenizer
         self._backend = backend
         self._spelling = _spelling(json.loads(backend.to_str()).get("decoder"))

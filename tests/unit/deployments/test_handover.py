@@ -21,10 +21,12 @@ from deployments.messages import (
     Tokenize,
 )
 from deployments.replica.engine import Engine
+from deployments.replica.text import TextTokenizer
 from deployments.router.progress import Losses
 from deployments.router.router import Router
 from tests.support.engine_runs import TEXT, Outcome, check, collect, config, generate, link_for, running, until
 from tests.support.fake_cluster import FakeCluster, table
+from tests.support.tiny_tokenizer import EOS_ID, byte_level_tokenizer
 
 APP = "m-v1"
 CONFIG = config(on_stage_failure="hold")
@@ -336,6 +338,16 @@ async def test_what_cannot_have_been_emitted_is_refused(emitted, reason) -> None
         outcome = await collect(engine, generate_again(generate(), 1, emitted))
         assert outcome.refused.code == "invalid_request"
         assert reason in outcome.refused.message
+
+
+async def test_a_token_that_only_the_model_knows_can_have_been_emitted() -> None:
+    text = TextTokenizer(byte_level_tokenizer(), (EOS_ID,), num_embeddings=TEXT.vocab_size + 52)
+    assert text.vocab_size == TEXT.vocab_size
+    async with running(Engine(CONFIG, text, link_for(CONFIG))) as engine:
+        emitted = (EmittedChoice((3, text.vocab_size + 51)),)
+        assert (await collect(engine, generate_again(generate(), 1, emitted))).refused is None
+        emitted = (EmittedChoice((3, text.vocab_size + 52)),)
+        assert "token id outside" in (await collect(engine, generate_again(generate(), 1, emitted))).refused.message
 
 
 async def until_real(condition: Callable[[], bool]) -> None:
