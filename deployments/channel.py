@@ -1,13 +1,6 @@
 """The Channel: how tokens and activations move between processes.
 
-One TCP connection, one frame per message::
-
-    0      4          8            12            16            20          24                    payload
-    | MNT2 | head crc | length crc | payload crc | message len | buffers n | n lengths (u32 each) | message | buffers ..
-
-All integers are little-endian; each CRC-32 covers a part of its own: the rest of the head, the lengths, the payload.
-So a damaged length is refused at once and never waited for. The message is msgpack (never pickle), checked against
-:data:`deployments.messages.AnyMessage`; buffers are raw bytes (tensors).
+One TCP connection, one frame per message (:mod:`deployments.frames`), both ways.
 
 Both ends prove that they know the listener's secret before the first frame: each sends a 16-byte nonce, then
 HMAC-SHA256(secret, own role + peer's nonce + own nonce). The secret travels by Ray, inside the cluster.
@@ -21,30 +14,22 @@ import asyncio
 import hmac
 import secrets
 import socket
-import struct
-import zlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from typing import Self
 
-import msgspec
-
+from deployments.frames import Buffer, CorruptFrame, decode, encode, measure
 from deployments.messages import AnyMessage
 
-Buffer = bytes | bytearray | memoryview
-
-MAGIC = b"MNT2"
-MAX_FRAME_BYTES = 256 * 2**20
 HANDSHAKE_TIMEOUT_S = 10.0
 
-_MARK = struct.Struct("<4sI")
-_HEAD = struct.Struct("<IIII")
-_HEAD_BYTES = _MARK.size + _HEAD.size
 _NONCE_BYTES = 16
-_MAX_BUFFERS = 64
-_SOCKET_BUFFER_BYTES = 4 * 2**20
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_PROOF_BYTES = 32
+_HANDSHAKE_BYTES = 4 * 2**10  # what a peer may send before it has proved anything
+_SOCKET_BUFFER_BYTES = 4 * 2**20  # a writer waits when the peer lags by more
+_READ_BYTES = 256 * 2**10  # a longer frame gets memory of its own
+_MAX_UNREAD_BYTES = 64 * 2**20  # beyond, the socket is not read until the owner has caught up
 
 
 class ChannelError(Exception):
@@ -67,34 +52,211 @@ class ChannelRefused(ChannelError):
     """The peer does not know the secret."""
 
 
-def encode(message: AnyMessage, buffers: Sequence[Buffer] = ()) -> list[Buffer]:
-    """The parts of one frame, ready for ``writelines``; buffers are not copied."""
-    body = _encoder.encode(message)
-    views = [memoryview(buffer).cast("B") for buffer in buffers]
-    lengths = struct.pack(f"<{len(views)}I", *(len(view) for view in views))
-    total = _HEAD_BYTES + len(lengths) + len(body) + sum(len(view) for view in views)
-    if total > MAX_FRAME_BYTES:
-        raise ValueError(f"a {type(message).__name__} of {total} bytes exceeds the frame limit {MAX_FRAME_BYTES}")
-    checksum = zlib.crc32(body)
-    for view in views:
-        checksum = zlib.crc32(view, checksum)
-    head = _HEAD.pack(zlib.crc32(lengths), checksum, len(body), len(views))
-    return [_MARK.pack(MAGIC, zlib.crc32(head)) + head + lengths, body, *views]
+class _Wire(asyncio.BufferedProtocol):
+    """One connection's bytes: cut into frames as they arrive, once the handshake is over.
+
+    Bytes are received into one buffer, ``[_start, _stop)`` of which is not used yet; the rest of a frame that does
+    not fit is received straight into ``_large``.
+    """
+
+    def __init__(self, on_connect: Callable[["_Wire"], None] | None = None) -> None:
+        self.transport: asyncio.Transport
+        self.frames: deque[tuple[AnyMessage, list[bytes], int]] = deque()
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._on_connect = on_connect
+        self._in_frames = False
+        self._error: ChannelError | None = None
+        self._buffer = bytearray(_HANDSHAKE_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._stop = 0
+        self._large: memoryview | None = None
+        self._num_filled = 0
+        self._num_unread_bytes = 0
+        self._is_reading = True
+        self._news: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+
+    # --- called by the transport ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        raw: socket.socket | None = transport.get_extra_info("socket")
+        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        transport.set_write_buffer_limits(high=_SOCKET_BUFFER_BYTES)
+        if self._on_connect is not None:
+            self._on_connect(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the transport's suggestion
+        if self._large is not None:
+            return self._large[self._num_filled :]
+        if self._start == self._stop:
+            self._start = self._stop = 0
+        elif self._stop == len(self._view):
+            self._move_to_front()
+        return self._view[self._stop :]
+
+    def _move_to_front(self) -> None:
+        num_bytes = self._stop - self._start
+        self._view[:num_bytes] = bytes(self._view[self._start : self._stop])
+        self._start, self._stop = 0, num_bytes
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._large is not None:
+            self._num_filled += nbytes
+        else:
+            self._stop += nbytes
+        if self._in_frames:
+            self._cut()
+        elif self._stop == len(self._view):
+            self._pause()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        return False  # the transport closes
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self._end(ChannelClosed(f"{self.peer} is gone: {exc}"))
+        elif self._in_frames and (self._large is not None or self._start != self._stop):
+            self._end(ChannelCorrupt(f"{self.peer} stopped inside a frame"))
+        else:
+            self._end(ChannelClosed(f"{self.peer} closed the connection"))
+        if not self.lost.done():
+            self.lost.set_result(None)
+        self.resume_writing()
+
+    def pause_writing(self) -> None:
+        self._writable = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+
+    # --- frames ---
+
+    def begin_frames(self) -> None:
+        """The handshake is over: what comes now, or has come already, is frames."""
+        self._in_frames = True
+        view = self._view[self._start : self._stop]
+        self._buffer = bytearray(_READ_BYTES)
+        self._view = memoryview(self._buffer)
+        self._view[: len(view)] = view
+        self._start, self._stop = 0, len(view)
+        self._resume()
+        self._cut()
+
+    def _cut(self) -> None:
+        """Take every whole frame out of the buffer."""
+        try:
+            while self._error is None and (frame := self._next_frame()) is not None:
+                view, lengths = frame
+                self.frames.append((*decode(view, lengths), len(view)))
+                self._num_unread_bytes += len(view)
+        except CorruptFrame as error:
+            self._end(ChannelCorrupt(f"{self.peer} {error}"))
+            self.transport.abort()
+        if self._num_unread_bytes > _MAX_UNREAD_BYTES:
+            self._pause()
+
+    def _pause(self) -> None:
+        if self._is_reading and not self.transport.is_closing():
+            self._is_reading = False
+            self.transport.pause_reading()
+
+    def _resume(self) -> None:
+        if not self._is_reading and not self.transport.is_closing():
+            self._is_reading = True
+            self.transport.resume_reading()
+
+    def _next_frame(self) -> tuple[memoryview, tuple[int, ...]] | None:
+        if self._large is not None:
+            if self._num_filled < len(self._large):
+                return None
+            view, self._large = self._large, None
+            measured = measure(view)
+            assert measured is not None, "its head was complete when its memory was taken; this is a bug"
+            return view, measured[1]
+        unread = self._view[self._start : self._stop]
+        measured = measure(unread)
+        if measured is None:
+            return None
+        num_bytes, lengths = measured
+        if num_bytes <= len(unread):
+            self._start += num_bytes
+            return unread[:num_bytes], lengths
+        if num_bytes > len(self._view):
+            self._large = memoryview(bytearray(num_bytes))
+            self._large[: len(unread)] = unread
+            self._num_filled = len(unread)
+            self._start = self._stop
+        elif self._start + num_bytes > len(self._view):
+            self._move_to_front()
+        return None
+
+    # --- for the channel ---
+
+    def _end(self, error: ChannelError) -> None:
+        if self._error is None:
+            self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    async def wait_news(self) -> None:
+        """Until more has arrived, or the connection has ended."""
+        self._news = asyncio.get_running_loop().create_future()
+        await self._news
+
+    async def read(self, num_bytes: int) -> bytes:
+        """Exactly so many bytes of the handshake; raises the connection's end."""
+        while self._stop - self._start < num_bytes:
+            if self._error is not None:
+                raise self._error
+            await self.wait_news()
+        self._start += num_bytes
+        return bytes(self._view[self._start - num_bytes : self._start])
+
+    def take_frame(self) -> tuple[AnyMessage, list[bytes]] | None:
+        """The oldest frame, if there is one; after the last one raises the connection's end."""
+        if not self.frames:
+            if self._error is not None:
+                raise self._error
+            return None
+        message, buffers, num_bytes = self.frames.popleft()
+        self._num_unread_bytes -= num_bytes
+        if self._num_unread_bytes < _MAX_UNREAD_BYTES // 2:
+            self._resume()
+        return message, buffers
+
+    async def drain(self) -> None:
+        """Wait while the peer lags too far behind; raises when the connection is gone."""
+        if self._writable is not None:
+            await asyncio.shield(self._writable)
+        if self._error is not None and self.transport.is_closing():
+            raise self._error
+
+    @property
+    def peer(self) -> str:
+        """``host:port`` of the other end, for messages."""
+        name = self.transport.get_extra_info("peername")
+        return f"{name[0]}:{name[1]}" if name else "the peer"
 
 
 class Channel:
     """One authenticated connection that carries messages both ways, in order.
 
-    ``send`` may be called from several tasks (a frame is written whole); ``receive`` from one.
+    ``send`` may be called from several tasks (a frame is written whole); ``receive`` from one. A buffer that is sent
+    must not be written to afterwards: the transport may still hold it.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-        raw: socket.socket | None = writer.get_extra_info("socket")
-        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        writer.transport.set_write_buffer_limits(high=_SOCKET_BUFFER_BYTES)
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+        wire.begin_frames()
 
     @classmethod
     async def connect(cls, address: str, secret: bytes, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> Self:
@@ -102,94 +264,58 @@ class Channel:
         host, _, port = address.rpartition(":")
         try:
             async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_connection(host, int(port), limit=_SOCKET_BUFFER_BYTES)
-                await _prove_or_close(reader, writer, secret, role=b"connector")
+                _, wire = await asyncio.get_running_loop().create_connection(_Wire, host, int(port))
+                await _prove_or_close(wire, secret, role=b"connector")
         except TimeoutError as error:
             raise ChannelTimeout(f"{address} did not answer within {timeout_s:g} s") from error
-        except (OSError, asyncio.IncompleteReadError) as error:
+        except (OSError, ChannelClosed) as error:
             raise ChannelClosed(f"{address} refused or dropped the connection: {error}") from error
-        return cls(reader, writer)
+        return cls(wire)
 
     async def send(self, message: AnyMessage, buffers: Sequence[Buffer] = ()) -> None:
         """Write one frame; waits only while the peer lags by more than the socket buffers."""
         self.send_nowait(message, buffers)
-        try:
-            await self._writer.drain()
-        except OSError as error:
-            raise ChannelClosed(f"{self.peer} is gone: {error}") from error
+        await self.drain()
 
     def send_nowait(self, message: AnyMessage, buffers: Sequence[Buffer] = ()) -> None:
         """Hand one frame to the transport without waiting; ChannelClosed when the connection is gone."""
-        if self._writer.is_closing():
+        self.send_encoded(encode(message, buffers))
+
+    def send_encoded(self, parts: Sequence[Buffer]) -> None:
+        """Hand over what :func:`encode` made, perhaps for several channels; ChannelClosed when this one is gone."""
+        transport = self._wire.transport
+        if transport.is_closing():
             raise ChannelClosed(f"{self.peer} is gone")
-        self._writer.writelines(encode(message, buffers))
+        for part in parts:
+            transport.write(part)
+
+    async def drain(self) -> None:
+        """Wait while the peer lags by more than the socket buffers; ChannelClosed when it is gone."""
+        await self._wire.drain()
 
     async def receive(self, timeout_s: float | None = None) -> tuple[AnyMessage, list[bytes]]:
         """The next message and its buffers; None waits for as long as the connection lives."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._read_frame()
-        except TimeoutError as error:
-            self.close()
-            raise ChannelTimeout(f"{self.peer} was silent for {timeout_s:g} s") from error
-        except asyncio.IncompleteReadError as error:
-            self.close()
-            if error.partial:
-                raise ChannelCorrupt(f"{self.peer} stopped inside a frame") from error
-            raise ChannelClosed(f"{self.peer} closed the connection") from error
-        except ChannelCorrupt:
-            self.close()
-            raise
-        except OSError as error:
-            self.close()
-            raise ChannelClosed(f"{self.peer} is gone: {error}") from error
-
-    async def _read_frame(self) -> tuple[AnyMessage, list[bytes]]:
-        raw_head = await self._reader.readexactly(_HEAD_BYTES)
-        magic, head_checksum = _MARK.unpack_from(raw_head)
-        lengths_checksum, checksum, body_bytes, num_buffers = _HEAD.unpack_from(raw_head, _MARK.size)
-        if magic != MAGIC or zlib.crc32(raw_head[_MARK.size :]) != head_checksum or num_buffers > _MAX_BUFFERS:
-            raise ChannelCorrupt(f"{self.peer} sent something that is not a frame")
-        raw_lengths = await self._continue_frame(4 * num_buffers) if num_buffers else b""
-        lengths = struct.unpack(f"<{num_buffers}I", raw_lengths)
-        if zlib.crc32(raw_lengths) != lengths_checksum:
-            raise ChannelCorrupt(f"{self.peer} sent a frame whose lengths do not match their checksum")
-        if body_bytes + sum(lengths) > MAX_FRAME_BYTES:
-            raise ChannelCorrupt(f"{self.peer} announced a frame above the limit of {MAX_FRAME_BYTES} bytes")
-        body = await self._continue_frame(body_bytes)
-        buffers = [await self._continue_frame(length) for length in lengths]
-        actual = zlib.crc32(body)
-        for buffer in buffers:
-            actual = zlib.crc32(buffer, actual)
-        if actual != checksum:
-            raise ChannelCorrupt(f"{self.peer} sent a frame whose checksum does not match")
-        try:
-            return _decoder.decode(body), buffers
-        except msgspec.MsgspecError as error:
-            raise ChannelCorrupt(f"{self.peer} sent a message that does not decode: {error}") from error
-
-    async def _continue_frame(self, num_bytes: int) -> bytes:
-        try:
-            return await self._reader.readexactly(num_bytes)
-        except asyncio.IncompleteReadError as error:
-            raise ChannelCorrupt(f"{self.peer} stopped inside a frame") from error
+        while (frame := self._wire.take_frame()) is None:
+            try:
+                async with asyncio.timeout(timeout_s) if timeout_s is not None else nullcontext():
+                    await self._wire.wait_news()
+            except TimeoutError as error:
+                self.close()
+                raise ChannelTimeout(f"{self.peer} was silent for {timeout_s:g} s") from error
+        return frame
 
     @property
     def peer(self) -> str:
         """``host:port`` of the other end, for messages."""
-        name = self._writer.get_extra_info("peername")
-        return f"{name[0]}:{name[1]}" if name else "the peer"
+        return self._wire.peer
 
     def close(self) -> None:
         """Close at once; what the transport already took may still be delivered."""
-        self._writer.close()
+        self._wire.transport.close()
 
     async def wait_closed(self) -> None:
         """Wait until the connection is down (after :meth:`close`)."""
-        try:
-            await self._writer.wait_closed()
-        except OSError:
-            return  # it is down, which is all that was asked
+        await asyncio.shield(self._wire.lost)
 
 
 Handler = Callable[[Channel], Awaitable[None]]
@@ -211,23 +337,24 @@ class Listener:
 
     async def start(self, host: str, port: int = 0) -> str:
         """Bind; port 0 lets the system choose. Returns ``host:port``."""
-        self._server = await asyncio.start_server(self._accept, host, port, limit=_SOCKET_BUFFER_BYTES)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Wire(self._accept), host, port)
         bound = self._server.sockets[0].getsockname()
         self.address = f"{bound[0]}:{bound[1]}"
         return self.address
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(self._serve(reader, writer))
+    def _accept(self, wire: _Wire) -> None:
+        task = asyncio.create_task(self._serve(wire))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, wire: _Wire) -> None:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                await _prove_or_close(reader, writer, self.secret, role=b"listener")
-        except (TimeoutError, OSError, asyncio.IncompleteReadError, ChannelRefused):
+                await _prove_or_close(wire, self.secret, role=b"listener")
+        except (TimeoutError, ChannelError):
             return
-        channel = Channel(reader, writer)
+        channel = Channel(wire)
         try:
             await self._handler(channel)
         finally:
@@ -242,23 +369,21 @@ class Listener:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def _prove_or_close(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes, role: bytes
-) -> None:
+async def _prove_or_close(wire: _Wire, secret: bytes, role: bytes) -> None:
     """The handshake; a connection on which it fails, or is cut short, is closed."""
     try:
-        await _prove(reader, writer, secret, role)
+        await _prove(wire, secret, role)
     except BaseException:
-        writer.close()
+        wire.transport.close()
         raise
 
 
-async def _prove(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes, role: bytes) -> None:
+async def _prove(wire: _Wire, secret: bytes, role: bytes) -> None:
     other = b"listener" if role == b"connector" else b"connector"
     own_nonce = secrets.token_bytes(_NONCE_BYTES)
-    writer.write(own_nonce)
-    peer_nonce = await reader.readexactly(_NONCE_BYTES)
-    writer.write(hmac.digest(secret, role + peer_nonce + own_nonce, "sha256"))
-    proof = await reader.readexactly(32)
+    wire.transport.write(own_nonce)
+    peer_nonce = await wire.read(_NONCE_BYTES)
+    wire.transport.write(hmac.digest(secret, role + peer_nonce + own_nonce, "sha256"))
+    proof = await wire.read(_PROOF_BYTES)
     if not hmac.compare_digest(proof, hmac.digest(secret, other + own_nonce + peer_nonce, "sha256")):
         raise ChannelRefused("the peer does not know the channel's secret")

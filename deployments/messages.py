@@ -5,8 +5,8 @@ Two conversations use them, both over :mod:`deployments.channel`:
     gateway -> replica   Generate | Embed | Tokenize | Detokenize | Cancel
     replica -> gateway   Replies(Started, Delta*, Finished | Refused) | Embedded | Tokenized | Detokenized | Refused;
                          Load, unasked
-    replica -> stage     StepInput | EmbedInput
-    stage   -> stage     Hidden (one tensor)
+    replica -> stage     CompactStep | EmbedInput
+    stage   -> stage     Hidden (one tensor); from the last to the first: Chosen
     stage   -> replica   StepOutput | EmbedOutput | StageFailed
 
 Every message is frozen, encodes to msgpack, and is checked field by field when decoded.
@@ -309,9 +309,12 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True):
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's part of a step.
 
-    Computes ``token_ids`` at positions ``position .. position + len(token_ids)``; keys and values of earlier
+    Computes ``token_ids`` at positions ``position .. position + num_tokens``; keys and values of earlier
     positions are already in the cache. ``block_ids`` is the block table over all of them. ``sample`` asks for
     the token after the last one.
+
+    ``chosen_in``: the one token to compute is what this pipeline chooses for the sequence in that earlier step, which
+    the replica does not know yet; ``token_ids`` is then empty. Runners see it resolved.
     """
 
     sequence_id: int
@@ -319,15 +322,52 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     position: int
     block_ids: tuple[int, ...]
     sample: bool
+    chosen_in: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that this step computes."""
+        return len(self.token_ids) if self.chosen_in is None else 1
 
 
-class StepInput(Message, frozen=True, kw_only=True):
-    """One micro-batch, sent to every stage in the same order. ``ended`` sequences are forgotten first."""
+class StepInput(msgspec.Struct, frozen=True, kw_only=True):
+    """One micro-batch, for every stage in the same order. ``ended`` sequences are forgotten first.
+
+    Travels as :class:`CompactStep`; see :mod:`deployments.stage.compact`.
+    """
 
     step: int
     sequences: tuple[SequenceStep, ...]
     started: tuple[SequenceStart, ...] = ()
     ended: tuple[int, ...] = ()
+
+
+class CompactPart(msgspec.Struct, frozen=True, array_like=True):
+    """A SequenceStep as it travels: ``new_block_ids`` follow those that the stage has of the sequence already."""
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    position: int
+    new_block_ids: tuple[int, ...]
+    sample: bool
+    chosen_in: int | None = None
+
+
+class CompactStep(Message, frozen=True, kw_only=True):
+    """A StepInput as it travels. ``follows``: it was planned while an earlier step was under way."""
+
+    step: int
+    parts: tuple[CompactPart, ...]
+    started: tuple[SequenceStart, ...] = ()
+    ended: tuple[int, ...] = ()
+    follows: bool
+
+
+class Chosen(Message, frozen=True, kw_only=True):
+    """From the last stage to the first: what a step chose, as (sequence id, token id), for the steps behind it."""
+
+    step: int
+    tokens: tuple[tuple[int, int], ...]
 
 
 class Hidden(Message, frozen=True, kw_only=True):
@@ -354,12 +394,18 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StageTiming(msgspec.Struct, frozen=True, array_like=True):
-    """Where one stage's time went in one step, in seconds."""
+    """Where one stage's time went in one step, in seconds.
+
+    ``wait_s`` is the time before the step in which the stage did not compute; ``bubble_s`` the part of it in which
+    the pipeline had work under way. ``transfer_s``, the time until the result was handed to the socket, runs beside
+    the next step's computing.
+    """
 
     stage: int
     wait_s: float
     compute_s: float
     transfer_s: float
+    bubble_s: float = 0.0
 
 
 class StepOutput(Message, frozen=True, kw_only=True):
@@ -392,8 +438,8 @@ class StageFailed(Message, frozen=True, kw_only=True):
     message: str
 
 
-ReplicaToStage = Opened | StepInput | EmbedInput
-StageToStage = Opened | Hidden
+ReplicaToStage = Opened | CompactStep | EmbedInput
+StageToStage = Opened | Hidden | Chosen
 StageToReplica = StepOutput | EmbedOutput | StageFailed
 AnyMessage = (
     Opened
@@ -408,8 +454,9 @@ AnyMessage = (
     | Refused
     | Replies
     | Load
-    | StepInput
+    | CompactStep
     | Hidden
+    | Chosen
     | StepOutput
     | EmbedInput
     | EmbedOutput

@@ -51,7 +51,7 @@ class Choice:
         Text and stop strings depend on the tokens alone, so what they come to is known already and not said again.
         """
         for token_id in emitted.token_ids:
-            self.sequence.append(token_id)
+            self.sequence.tokens.append(token_id)
             if not emitted.ended:
                 self._check_token(token_id)
                 self._make_text(token_id)

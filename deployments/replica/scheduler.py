@@ -2,8 +2,13 @@
 
 One call of :meth:`Scheduler.plan` composes one step under a token budget: first one token for each decoding
 sequence of this micro-batch's share, then chunks of prompts, oldest first. Up to ``num_stages`` steps are in flight,
-so that every stage has one to work on. A sequence takes part in one sampling step at a time; chunks of its prompt
-that need no sample may follow one another through the stages.
+so that every stage has one to work on, and ``steps_ahead`` more, so that the first stage has its next one at hand.
+
+Running ahead: a step may ask for the position after a token that is still being chosen, which the stages put in
+themselves. A sequence that turns out to have ended with that token has one such position computed for nothing, and
+its sample is dropped. A sequence is thus in at most two sampling steps at a time; one that is known to end with the
+token being chosen (``max_tokens``) does not run ahead. What is chosen is the same either way: a token depends on the
+tokens before it, the seed, the choice and the position alone.
 
 Why nobody starves: decoding goes first but always leaves a part of the budget to prompts (``decode_share``);
 sequences are admitted in order of arrival and one that does not fit blocks those behind it; when blocks run out the
@@ -14,7 +19,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from typing import Literal
 
 from deployments.messages import Sample, StepInput, StepOutput
 from deployments.replica.blocks import BlockPool
@@ -33,6 +38,7 @@ class SchedulerConfig:
 
     ``min_decode_split``: decoding sequences are not spread so thin that a micro-batch has fewer than this, because
     a step over one costs about as much as a step over two. ``min_prefill_chunk``: likewise for prompt tokens.
+    ``steps_ahead``: steps in flight beyond one per stage; with 0, a token is always known before its step is planned.
     """
 
     num_stages: int
@@ -40,6 +46,7 @@ class SchedulerConfig:
     max_step_tokens: int
     min_decode_split: int = 2
     min_prefill_chunk: int = 64
+    steps_ahead: Literal[0, 1] = 1
 
     def __post_init__(self) -> None:
         """Raise ValueError for limits under which nothing could run."""
@@ -48,6 +55,11 @@ class SchedulerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_step_tokens < 2:
             raise ValueError("max_step_tokens is 1; it must be at least 2: one to decode and one of a prompt")
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be sent and not answered."""
+        return self.num_stages + self.steps_ahead
 
 
 def decode_share(config: SchedulerConfig, num_decoding: int, *, prompts_wait: bool) -> int:
@@ -121,7 +133,13 @@ class Scheduler:
         insort(self._waiting, sequence, key=_age)
 
     def end(self, sequence: Sequence) -> None:
-        """Finished or cancelled: free its blocks now, even while a step with it is in flight."""
+        """Finished or cancelled: free its blocks now, even while steps with it are in flight.
+
+        Such a step may yet write to the freed blocks, also one that runs ahead of the token the sequence ended with.
+        That is safe: whoever gets the blocks next is in a later step, every stage runs steps in the order sent, and
+        no sequence reads a position before a step of its own, or of the one that registered the block, wrote it.
+        Blocks in the prefix cache are full of known tokens, so what runs ahead writes to none of them.
+        """
         if sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
         elif sequence.state is SequenceState.RUNNING:
@@ -139,7 +157,7 @@ class Scheduler:
 
     def plan(self) -> StepInput | None:
         """The next micro-batch, to be sent to every stage now; None when the pipeline is full or nothing can run."""
-        if len(self._in_flight) >= self.config.num_stages:
+        if len(self._in_flight) >= self.config.max_in_flight:
             return None
         parts = [(sequence, 1) for sequence in self._choose_decodes()]
         parts += self._choose_prefills(self.config.max_step_tokens - len(parts))
@@ -149,11 +167,25 @@ class Scheduler:
         num_decoding = len(self._running) - len(self._prefilling)
         prompts_wait = bool(self._prefilling or self._waiting)
         share = decode_share(self.config, num_decoding, prompts_wait=prompts_wait)
-        candidates = list(islice(self._ready.values(), share))
+        candidates = self._decodable()[:share]
         # Oldest first, so that a preemption never hits a sequence already extended here.
         extended = {sequence.sequence_id for sequence in sorted(candidates, key=_age) if self._extend(sequence)}
         # In the order they became ready, which is also how they will queue again: everybody gets the same share.
         return [sequence for sequence in candidates if sequence.sequence_id in extended]
+
+    def _decodable(self) -> list[Sequence]:
+        """Sequences that this step may take one position further, those first that have waited longest.
+
+        One whose token is still being chosen comes in only when as many steps lie between as there are other stages:
+        else the first stage would wait for the last. When nothing else is left to do it comes in all the same, and
+        the token goes straight from the last stage to the first.
+        """
+        in_flight, num_between = self._in_flight, self.config.num_stages - 1
+        newest_step = in_flight[-1 - num_between].step if len(in_flight) > num_between else 0
+        ready = [s for s in self._ready.values() if not s.sample_steps or s.sample_steps[0] <= newest_step]
+        if not ready and not self._prefilling and not self._waiting and in_flight:
+            ready = [s for s in self._ready.values() if s.sample_steps[0] == in_flight[0].step]
+        return ready
 
     def _extend(self, sequence: Sequence) -> bool:
         """Make room for one more position, taking blocks from the youngest if need be; False if it lost its own."""
@@ -170,14 +202,14 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take all blocks; if a sample is in flight it is still taken in :meth:`complete`, being a valid token."""
+        """Take all blocks; samples in flight are still taken in :meth:`complete`, being valid tokens."""
         self._leave(sequence)
         sequence.reset_for_recompute()
         self.add(sequence)
         self.num_preemptions += 1
 
     def _choose_prefills(self, budget: int) -> list[tuple[Sequence, int]]:
-        num_free_slots = self.config.num_stages - len(self._in_flight)
+        num_free_slots = max(1, self.config.num_stages - len(self._in_flight))
         pending = self._count_pending(budget * num_free_slots)
         left = min(budget, prefill_share(self.config, pending, num_free_slots)) if pending else 0
         parts = []
@@ -192,7 +224,7 @@ class Scheduler:
             if sequence.waits_for_leader:
                 index += 1  # its turn comes with the step after its leader's prompt
                 continue
-            if sequence.sample_step is not None or not self._admit(sequence):
+            if sequence.sample_steps or not self._admit(sequence):
                 break
             del self._waiting[index]
             parts.append((sequence, min(left, sequence.num_uncomputed)))
@@ -256,6 +288,7 @@ class Scheduler:
             self._ready.pop(sequence.sequence_id, None)
             if steps[-1].sample:
                 self._prefilling.pop(sequence.sequence_id, None)
+                self._make_ready(sequence)
         for sequence, _ in parts:
             self._register(sequence)
         self._in_flight.append(
@@ -268,10 +301,18 @@ class Scheduler:
         ended, self._ended = tuple(self._ended), []
         return StepInput(step=self.num_steps, sequences=tuple(steps), started=tuple(started), ended=ended)
 
+    def _make_ready(self, sequence: Sequence) -> None:
+        """Let it queue for its next position, behind those that queue already."""
+        if sequence.sample_steps and not self.config.steps_ahead:
+            return
+        if sequence.may_decode:
+            self._ready.setdefault(sequence.sequence_id, sequence)
+
     def _register(self, sequence: Sequence) -> None:
-        """Offer the blocks that this step fills to the prefix cache, for the steps after it."""
-        num_full = sequence.num_computed // self._pool.block_tokens
-        if num_full == sequence.num_registered or not self._pool.prefix_caching:
+        """Offer the blocks that steps so far fill with known tokens to the prefix cache, for the steps after them."""
+        num_known = min(sequence.num_computed, len(sequence.tokens))
+        num_full = num_known // self._pool.block_tokens
+        if num_full <= sequence.num_registered or not self._pool.prefix_caching:
             return
         self._pool.extend_digests(sequence.digests, sequence.tokens, num_full)
         for index in range(sequence.num_registered, num_full):
@@ -295,9 +336,10 @@ class Scheduler:
         for sequence, sample in zip(done.sampled, output.samples, strict=True):
             if sequence.state is SequenceState.FINISHED:
                 continue
-            sequence.append(sample.token_id)
+            sequence.take(sample.token_id)
             if sequence.state is SequenceState.RUNNING:
-                self._ready[sequence.sequence_id] = sequence
+                self._register(sequence)
+                self._make_ready(sequence)
             taken.append((sequence, sample))
         return taken
 
@@ -307,7 +349,7 @@ class Scheduler:
             sequence.reset_for_recompute()
             self.add(sequence)
         for sequence in self._waiting:
-            sequence.sample_step = None
+            sequence.sample_steps.clear()
             sequence.announced = False
         self._running.clear()
         self._prefilling.clear()

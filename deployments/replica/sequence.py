@@ -29,7 +29,8 @@ class Sequence:
 
     ``sequence_id`` grows in order of arrival, so a smaller id is an older sequence. ``tokens`` are prompt and
     emitted tokens. ``num_computed`` counts positions whose keys and values are in the cache or will be once the
-    steps already sent have run; stages run steps in the order sent, so no later step can tell the difference.
+    steps already sent have run; stages run steps in the order sent, so no later step can tell the difference. It may
+    be one more than there are known tokens: a step may compute the token that the step before it is still choosing.
     """
 
     sequence_id: int
@@ -50,8 +51,8 @@ class Sequence:
     """Leading blocks that were offered to the prefix cache."""
     digests: list[bytes] = field(default_factory=list)
     """Digest chain over the full blocks of ``tokens``; grows on demand."""
-    sample_step: int | None = None
-    """The step in flight that will bring this sequence's next token."""
+    sample_steps: list[int] = field(default_factory=list)
+    """The steps in flight that will bring this sequence's next tokens, in order; at most two."""
     announced: bool = False
     """The stages hold this sequence's SequenceStart."""
     num_cached: int | None = None
@@ -64,8 +65,15 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens whose keys and values no step has been asked for yet."""
-        return len(self.tokens) - self.num_computed
+        """Known tokens whose keys and values no step has been asked for yet."""
+        return max(0, len(self.tokens) - self.num_computed)
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether one more position may be asked for: its token is known, or is being chosen and not the last one."""
+        if self.num_computed > len(self.tokens):
+            return False
+        return self.num_emitted + len(self.sample_steps) < self.sampling.max_tokens
 
     @property
     def waits_for_leader(self) -> bool:
@@ -92,27 +100,29 @@ class Sequence:
         """Count the next ``num_tokens`` as computed by ``step``; asks for a sample when they are the last ones."""
         start = self.num_computed
         stop = start + num_tokens
+        chosen_in = self.sample_steps[-1] if start == len(self.tokens) else None
         assert num_tokens > 0, "a step must compute something; this is a bug"
-        assert stop <= len(self.tokens), "a step computes known tokens only; this is a bug"
+        assert stop <= len(self.tokens) + (chosen_in is not None), "a step computes unknown tokens; this is a bug"
         self.num_computed = stop
-        sample = stop == len(self.tokens)
+        sample = stop >= len(self.tokens)
         if sample:
-            self.sample_step = step
+            self.sample_steps.append(step)
         return SequenceStep(
             sequence_id=self.sequence_id,
             token_ids=tuple(self.tokens[start:stop]),
             position=start,
             block_ids=self.blocks,
             sample=sample,
+            chosen_in=chosen_in,
         )
 
-    def append(self, token_id: int) -> None:
-        """Take the sampled token; the step that brought it is no longer in flight."""
+    def take(self, token_id: int) -> None:
+        """Append the token that the oldest of ``sample_steps`` brought; that step is no longer in flight."""
         self.tokens.append(token_id)
-        self.sample_step = None
+        del self.sample_steps[0]
 
     def reset_for_recompute(self) -> None:
-        """Forget all that can be recomputed; a sample still in flight stays expected (it is a valid token)."""
+        """Forget all that can be recomputed; samples still in flight stay expected (they are valid tokens)."""
         self.state = SequenceState.WAITING
         self.num_computed = 0
         self.blocks = ()

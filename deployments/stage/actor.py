@@ -89,7 +89,7 @@ class StageActor:
         return await self._worker.start(ray.util.get_node_ip_address())
 
     def connect_next(self, after: StageAddress) -> None:
-        """Connect to the stage after this one."""
+        """Connect to the stage after this one; from the last, to the first."""
         assert self._worker is not None
         self._call(self._worker.connect_next(after.address, after.secret))
 

@@ -67,8 +67,9 @@ class StageGroup:
         return new_address
 
     async def _wire(self, addresses: list[StageAddress]) -> StageLink:
-        pairs = zip(self._actors[:-1], addresses[1:], strict=True)
-        await asyncio.gather(*(actor.connect_next.remote(after) for actor, after in pairs))
+        if len(addresses) > 1:  # a ring: the last tells the first what it chose
+            pairs = zip(self._actors, addresses[1:] + addresses[:1], strict=True)
+            await asyncio.gather(*(actor.connect_next.remote(after) for actor, after in pairs))
         self._serving = [actor.serve.remote() for actor in self._actors]
         return await StageLink.connect(addresses, step_timeout_s=self._args.step_timeout_s)
 

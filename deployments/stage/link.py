@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deployments.channel import Buffer, Channel, ChannelError
+from deployments.channel import Channel, ChannelError
+from deployments.frames import encode
 from deployments.messages import EmbedInput, EmbedOutput, Opened, StageFailed, StepInput, StepOutput
+from deployments.stage.compact import StepCompactor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class StageLink:
     def __init__(self, channels: Sequence[Channel], step_timeout_s: float) -> None:
         self._channels = list(channels)
         self._step_timeout_s = step_timeout_s
+        self._compactor = StepCompactor()
+        self._num_unanswered = 0
         self._results: asyncio.Queue[tuple[StageResult, list[bytes]] | StageLostError] = asyncio.Queue()
         self._lost: asyncio.Future[StageLostError] = asyncio.get_running_loop().create_future()
         self._readers = [
@@ -64,11 +68,16 @@ class StageLink:
         """Length of the pipeline."""
         return len(self._channels)
 
-    async def send(self, step: StepInput | EmbedInput, buffers: Sequence[Buffer] = ()) -> None:
+    async def send(self, step: StepInput | EmbedInput) -> None:
         """Hand a step to every stage; raises StageLostError."""
+        follows = self._num_unanswered > 0
+        message = self._compactor.compact(step, follows=follows) if isinstance(step, StepInput) else step
+        frame = encode(message)
+        self._num_unanswered += 1
         for index, channel in enumerate(self._channels):
             try:
-                await channel.send(step, buffers)
+                channel.send_encoded(frame)
+                await channel.drain()
             except ChannelError as error:
                 raise StageLostError(index, str(error)) from error
 
@@ -94,6 +103,7 @@ class StageLink:
             raise StageLostError(None, f"no stage answered within {self._step_timeout_s:g} s") from error
         if isinstance(result, StageLostError):
             raise result
+        self._num_unanswered -= 1
         return result
 
     async def _read(self, index: int, channel: Channel) -> None:

@@ -48,7 +48,7 @@ class FakeCluster:
         """Break every connection of a replica at once, in the middle of whatever it says, and let nobody in again."""
         self.hide(app, name)
         for channel in self._channels[name]:
-            channel._writer.transport.abort()
+            channel._wire.transport.abort()
         listener = self._listeners[name]
         if listener._server is not None:
             listener._server.close()

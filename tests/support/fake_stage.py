@@ -15,6 +15,8 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from deployments.messages import (
     Sample,
     SamplingParams,
@@ -95,6 +97,7 @@ class PagedStore:
 
     def write(self, step: SequenceStep) -> None:
         """Store the step's tokens at their positions."""
+        assert step.chosen_in is None, "a step is resolved before it is computed"
         for position, token_id in enumerate(step.token_ids, start=step.position):
             self._slots[self._slot(step, position)] = (position, token_id)
 
@@ -133,6 +136,8 @@ class FakeStageLink:
         self.num_stages = num_stages
         self.sent: list[StepInput] = []
         self.num_answered = 0
+        self.num_ahead = 0
+        """Positions asked for before their token was known."""
         self._vocab_size = vocab_size
         self._max_step_tokens = max_step_tokens
         self._fail_at_step = fail_at_step
@@ -145,6 +150,7 @@ class FakeStageLink:
         self._hidden: list[deque[list[list[int]]]] = [deque() for _ in range(num_stages)]
         self._starts: dict[int, SequenceStart] = {}
         self._sampled: dict[int, list[int]] = {}
+        self._chosen: dict[int, dict[int, int]] = {}
         self._answers: deque[StepOutput | StageFailed] = deque()
         self._gate = asyncio.Event()
         self._gate.set()
@@ -178,9 +184,9 @@ class FakeStageLink:
         self._die_if_due()
 
     def _check(self, step: StepInput) -> None:
-        if self.num_outstanding >= self.num_stages:
-            raise BlockMisuse(f"step {step.step} is one more than {self.num_stages} in flight")
-        num_tokens = sum(len(part.token_ids) for part in step.sequences)
+        if self.num_outstanding > self.num_stages:
+            raise BlockMisuse(f"step {step.step} is one more than {self.num_stages + 1} in flight")
+        num_tokens = sum(part.num_tokens for part in step.sequences)
         if self._max_step_tokens is not None and num_tokens > self._max_step_tokens:
             raise BlockMisuse(f"step {step.step} has {num_tokens} tokens, above {self._max_step_tokens}")
         sequence_ids = [part.sequence_id for part in step.sequences]
@@ -208,10 +214,26 @@ class FakeStageLink:
                 await self._news.wait()
 
     def _can_run(self, stage: int) -> bool:
-        return bool(self._queues[stage]) and (stage == 0 or bool(self._hidden[stage]))
+        if not self._queues[stage]:
+            return False
+        if stage > 0:
+            return bool(self._hidden[stage])
+        return all(part.chosen_in is None or part.chosen_in in self._chosen for part in self._queues[0][0].sequences)
+
+    def _resolve(self, step: StepInput) -> StepInput:
+        """Put what earlier steps chose in its place."""
+        parts = []
+        for part in step.sequences:
+            if part.chosen_in is not None:
+                assert not part.token_ids
+                self.num_ahead += 1
+                token_ids = (self._chosen[part.chosen_in][part.sequence_id],)
+                part = msgspec.structs.replace(part, token_ids=token_ids, chosen_in=None)
+            parts.append(part)
+        return msgspec.structs.replace(step, sequences=tuple(parts))
 
     def _run(self, stage: int) -> None:
-        step = self._queues[stage].popleft()
+        step = self._resolve(self._queues[stage].popleft())
         store = self._stores[stage]
         earlier = [store.read(part, part.position) for part in step.sequences]
         for part in step.sequences:
@@ -242,6 +264,7 @@ class FakeStageLink:
             for part, history in zip(step.sequences, histories, strict=True)
             if part.sample
         ]
+        self._chosen[step.step] = {sample.sequence_id: sample.token_id for sample in samples}
         timing = StageTiming(self.num_stages - 1, 0.0, 0.0, 0.0)
         return StepOutput(step=step.step, samples=tuple(samples), timing=timing)
 

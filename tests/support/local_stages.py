@@ -53,8 +53,9 @@ async def serve_stages(
         for index, runner in enumerate(runners)
     ]
     addresses = [StageAddress(address=a, secret=s) for a, s in [await w.start("127.0.0.1") for w in workers]]
-    for worker, after in zip(workers[:-1], addresses[1:], strict=True):
-        await worker.connect_next(after.address, after.secret)
+    for worker, after in zip(workers, addresses[1:] + addresses[:1], strict=True):
+        if len(workers) > 1:
+            await worker.connect_next(after.address, after.secret)
     serving = [asyncio.create_task(worker.serve()) for worker in workers]
     link = await StageLink.connect(addresses, step_timeout_s=step_timeout_s)
     try:

@@ -7,17 +7,9 @@ import zlib
 
 import pytest
 
-from deployments.channel import (
-    MAX_FRAME_BYTES,
-    Channel,
-    ChannelClosed,
-    ChannelCorrupt,
-    ChannelError,
-    ChannelTimeout,
-    Listener,
-    encode,
-)
-from deployments.messages import Cancel, Hidden, SamplingParams, SequenceStart, SequenceStep, StepInput
+from deployments.channel import Channel, ChannelClosed, ChannelCorrupt, ChannelError, ChannelTimeout, Listener
+from deployments.frames import MAX_FRAME_BYTES, encode
+from deployments.messages import Cancel, CompactPart, CompactStep, Hidden, SamplingParams, SequenceStart
 
 SECRET = b"s" * 32
 
@@ -46,9 +38,10 @@ async def pair():
 
 async def test_messages_and_buffers_arrive_unchanged_and_in_order() -> None:
     sampling = SamplingParams(max_tokens=5, stop=("é", "\x00"), logit_bias={7: -1.5})
-    step = StepInput(
+    step = CompactStep(
         step=3,
-        sequences=(SequenceStep(1, (4, 5), 0, (9,), True),),
+        follows=True,
+        parts=(CompactPart(1, (4, 5), 0, (9,), True), CompactPart(2, (), 7, (), True, 2)),
         started=(SequenceStart(1, (4, 5), 2, sampling, -(2**63), 0, (2,)),),
         ended=(8, 9),
     )
@@ -139,7 +132,7 @@ def head(body_bytes: int, *lengths: int) -> bytes:
 @pytest.mark.parametrize("index", range(len(frame(b"hidden"))))
 async def test_a_flipped_bit_anywhere_is_refused_at_once_while_the_connection_stays_open(index: int) -> None:
     async with pair() as (left, right):
-        left._writer.write(flip(frame(b"hidden"), index))
+        left._wire.transport.write(flip(frame(b"hidden"), index))
         with pytest.raises(ChannelCorrupt):
             await right.receive(5)
 
@@ -157,8 +150,8 @@ async def test_a_flipped_bit_anywhere_is_refused_at_once_while_the_connection_st
 )
 async def test_a_damaged_or_truncated_frame_is_refused(wire: bytes) -> None:
     async with pair() as (left, right):
-        left._writer.write(wire)
-        left._writer.write_eof()
+        left._wire.transport.write(wire)
+        left._wire.transport.write_eof()
         with pytest.raises(ChannelCorrupt):
             await right.receive(5)
 

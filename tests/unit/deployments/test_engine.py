@@ -56,7 +56,7 @@ async def test_a_repeated_prompt_comes_from_the_prefix_cache():
         check(second, outcome)
         assert outcome.started.num_cached_tokens == outcome.finished.num_cached_tokens == 28
         assert engine.stats().num_prefix_hits == 28
-        assert sum(len(part.token_ids) for step in link.sent[num_steps:] for part in step.sequences) == 2 + 7
+        assert sum(part.num_tokens for step in link.sent[num_steps:] for part in step.sequences) == 2 + 7
 
 
 async def test_a_fully_cached_prompt_still_computes_its_last_token():

@@ -13,22 +13,25 @@ TIMING = StageTiming(0, 0.0, 0.0, 0.0)
 
 
 class Bench:
-    """A scheduler with its pool, and stages that answer token 1 whenever asked."""
+    """A scheduler with its pool, and stages that answer token 1 whenever asked.
+
+    Runs ahead only in the tests that ask for it: the others are about what a step is made of.
+    """
 
     def __init__(self, *, num_blocks=64, block_tokens=4, prefix_caching=True, **limits):
-        values = {"num_stages": 2, "max_running": 8, "max_step_tokens": 16, "min_decode_split": 1}
+        values = {"num_stages": 2, "max_running": 8, "max_step_tokens": 16, "min_decode_split": 1, "steps_ahead": 0}
         self.pool = BlockPool(num_blocks, block_tokens, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(SchedulerConfig(**(values | {"min_prefill_chunk": 4} | limits)), self.pool)
         self.steps = []
         self._next_id = 1
 
-    def add(self, num_tokens, *, first=100, leader=None):
+    def add(self, num_tokens, *, first=100, leader=None, max_tokens=100):
         """A sequence with a prompt that no other shares, unless ``first`` is repeated."""
         sequence = Sequence(
             sequence_id=self._next_id,
             tokens=list(range(first, first + num_tokens)),
             num_prompt_tokens=num_tokens,
-            sampling=SamplingParams(max_tokens=100),
+            sampling=SamplingParams(max_tokens=max_tokens),
             seed=0,
             leader=leader,
         )
@@ -44,9 +47,10 @@ class Bench:
             return None
         self.steps.append(step)
         for part in step.sequences:
-            assert len(part.block_ids) * self.pool.block_tokens >= part.position + len(part.token_ids)
-        assert sum(len(part.token_ids) for part in step.sequences) <= self.scheduler.config.max_step_tokens
-        return {part.sequence_id: len(part.token_ids) for part in step.sequences}
+            assert len(part.block_ids) * self.pool.block_tokens >= part.position + part.num_tokens
+        assert sum(part.num_tokens for part in step.sequences) <= self.scheduler.config.max_step_tokens
+        assert len(self.steps) <= self.scheduler.config.max_in_flight
+        return {part.sequence_id: part.num_tokens for part in step.sequences}
 
     def fill(self):
         """Plan until the pipeline is full or nothing can run."""
@@ -214,12 +218,12 @@ def test_a_preempted_sequence_takes_its_sample_in_flight_and_only_then_comes_bac
     while young.state is SequenceState.RUNNING:
         if bench.plan() is None:
             bench.answer()
-        elif step_of_young is None or young.sample_step is not None:
-            step_of_young = young.sample_step
-    assert young.sample_step == step_of_young is not None, "it lost its blocks while its sample was in flight"
+        elif step_of_young is None or young.sample_steps:
+            step_of_young = list(young.sample_steps)
+    assert young.sample_steps == step_of_young != [], "it lost its blocks while its sample was in flight"
     bench.scheduler.end(other)
     num_emitted = young.num_emitted
-    while young.sample_step is not None:
+    while young.sample_steps:
         assert young.state is SequenceState.WAITING
         if bench.plan() is None:
             bench.answer()
@@ -297,9 +301,16 @@ def test_a_sequence_that_never_ran_ends_in_silence():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(8, 16), st.integers(2, 12), st.booleans())
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 3),
+    st.integers(8, 16),
+    st.integers(2, 12),
+    st.booleans(),
+    st.sampled_from([0, 1]),
+)
 def test_under_any_load_and_few_blocks_everybody_comes_to_an_end(
-    seed, num_stages, num_blocks, budget, prefix_caching
+    seed, num_stages, num_blocks, budget, prefix_caching, steps_ahead
 ):
     rng = random.Random(seed)
     bench = Bench(
@@ -308,6 +319,7 @@ def test_under_any_load_and_few_blocks_everybody_comes_to_an_end(
         max_step_tokens=budget,
         prefix_caching=prefix_caching,
         max_running=5,
+        steps_ahead=steps_ahead,
     )
     alive = []
     for _ in range(12):
@@ -329,11 +341,114 @@ def test_under_any_load_and_few_blocks_everybody_comes_to_an_end(
     assert bench.pool.num_used == 0
 
 
-def test_no_more_steps_in_flight_than_stages():
-    for num_stages in (1, 2, 3):
-        bench = Bench(num_stages=num_stages, min_prefill_chunk=1)
-        bench.add(40)
-        assert len(bench.fill()) == num_stages
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_no_more_steps_in_flight_than_stages_and_those_ahead(num_stages, steps_ahead):
+    bench = Bench(num_stages=num_stages, min_prefill_chunk=1, steps_ahead=steps_ahead, max_step_tokens=8)
+    bench.add(40)
+    assert len(bench.fill()) == num_stages + steps_ahead
+
+
+def test_running_ahead_asks_for_the_position_after_a_token_that_is_being_chosen():
+    bench = Bench(num_stages=1, steps_ahead=1)
+    bench.add(3), bench.add(3, first=500)
+    assert bench.fill() == [{1: 3, 2: 3}, {1: 1, 2: 1}]
+    ahead = bench.steps[1].sequences
+    assert [(part.token_ids, part.chosen_in, part.position, part.sample) for part in ahead] == [((), 1, 3, True)] * 2
+    assert bench.answer() == [1, 2]
+    assert bench.fill() == [{1: 1, 2: 1}]
+    assert [part.chosen_in for part in bench.steps[1].sequences] == [2, 2]
+
+
+def test_a_sequence_known_to_end_with_the_token_being_chosen_does_not_run_ahead():
+    bench = Bench(num_stages=1, steps_ahead=1)
+    last, other = bench.add(3, max_tokens=2), bench.add(3, first=500)
+    bench.fill()
+    assert bench.answer() == [1, 2]
+    assert bench.fill() == [{2: 1}]
+    assert bench.answer() == [1, 2]
+    assert (last.num_emitted, other.num_emitted) == (2, 2)
+
+
+def test_micro_batches_alternate_and_the_third_step_runs_ahead_of_the_first():
+    bench = Bench(num_stages=2, steps_ahead=1, max_step_tokens=64, min_prefill_chunk=64)
+    for index in range(4):
+        bench.add(2, first=10 * index)
+    bench.plan()
+    bench.answer()
+    planned = bench.fill()
+    assert [sorted(step) for step in planned] == [[1, 2], [3, 4], [1, 2]]
+    assert [part.chosen_in for part in bench.steps[2].sequences] == [bench.steps[0].step] * 2
+    bench.answer()
+    assert [sorted(step) for step in bench.fill()] == [[3, 4]]
+
+
+def test_no_micro_batch_waits_for_another_that_is_still_in_the_pipeline():
+    bench = Bench(num_stages=2, steps_ahead=1, max_step_tokens=64, min_prefill_chunk=64)
+    for index in range(5):
+        bench.add(2, first=10 * index)
+    bench.plan()
+    bench.answer()
+    assert [sorted(step) for step in bench.fill()] == [[1, 2, 3], [4, 5], [1, 2, 3]]
+
+
+def test_a_prompt_is_not_held_up_by_a_token_that_is_still_being_chosen():
+    bench = Bench(num_stages=2, steps_ahead=1, min_prefill_chunk=64, max_step_tokens=64)
+    bench.add(3)
+    bench.plan()
+    bench.add(3, first=500)
+    assert bench.fill() == [{2: 3}, {1: 1}]
+
+
+def test_one_sequence_alone_runs_ahead_through_any_number_of_stages():
+    bench = Bench(num_stages=3, steps_ahead=1)
+    bench.add(3)
+    assert bench.fill() == [{1: 3}, {1: 1}], "one token ahead and no further: it would wait in any case"
+
+
+def test_what_ran_ahead_of_an_end_is_dropped_and_its_blocks_are_free_for_the_next_step():
+    bench = Bench(num_stages=1, num_blocks=2, steps_ahead=1, prefix_caching=False)
+    ended = bench.add(7)
+    bench.fill()
+    wasted = bench.steps[1].sequences[0]
+    assert wasted.position == 7
+    assert bench.answer() == [1]
+    bench.scheduler.end(ended)
+    bench.add(7, first=500)
+    assert bench.fill() == [{2: 7}], "steps run in order: the wasted one writes before this one does"
+    assert set(bench.steps[-1].sequences[0].block_ids) == set(wasted.block_ids)
+    assert bench.answer() == [], "nobody wants the wasted sample"
+    assert bench.steps[-1].ended == (1,)
+
+
+def test_both_samples_in_flight_of_a_preempted_sequence_are_taken_before_it_comes_back():
+    bench = Bench(num_stages=1, num_blocks=5, steps_ahead=1, prefix_caching=False, max_step_tokens=32)
+    old, young = bench.add(6), bench.add(6, first=500)
+    bench.fill()
+    assert young.state is SequenceState.RUNNING
+    while young.state is SequenceState.RUNNING:
+        if bench.plan() is None:
+            bench.answer()
+    num_emitted, num_in_flight = young.num_emitted, len(young.sample_steps)
+    bench.scheduler.end(old)
+    assert num_in_flight == 1, "the youngest loses its blocks in a plan, when at most one step is in flight"
+    while young.state is SequenceState.WAITING:
+        if bench.plan() is None:
+            bench.answer()
+    assert young.num_emitted == num_emitted + num_in_flight
+    assert bench.steps[-1].started[0].token_ids == tuple(young.tokens)
+
+
+def test_a_block_is_registered_only_when_its_last_token_is_known():
+    bench = Bench(num_stages=1, steps_ahead=1, num_blocks=64)
+    bench.add(3)
+    assert bench.fill() == [{1: 3}, {1: 1}]
+    twin = bench.add(9)
+    assert bench.answer() == [1]
+    assert twin.num_cached is None
+    bench.fill()
+    bench.answer()
+    assert bench.scheduler._pool.match_prefix(bench.scheduler.running[0].digests), "its token has come"
 
 
 def test_reset_makes_everything_wait_again_in_order_of_age():
