@@ -3,7 +3,7 @@
 ::
 
     0      4          8            12            16            20          24                    payload
-    | MNT2 | head crc | length crc | payload crc | message len | buffers n | n lengths (u32 each) | message | buffers ..
+    | MNT2 | head crc | length crc | payload crc | message len | buffers n | n u32 lengths | message | buffers ..
 
 All integers are little-endian; each CRC-32 covers a part of its own: the rest of the head, the lengths, the payload.
 So a damaged length is refused at once and never waited for. The message is msgpack (never pickle), checked against

@@ -113,7 +113,7 @@ class StageWorker:
         return await self._listener.start(host), self._listener.secret
 
     async def connect_next(self, address: str, secret: bytes) -> None:
-        """Connect to the stage after this one, the first after the last; raises a ChannelError when it is not there."""
+        """Connect to the stage after this one, or from the last to the first; raises a ChannelError without it."""
         self._next = await Channel.connect(address, secret)
         await self._next.send(Opened(role="previous_stage"))
 

@@ -1,4 +1,4 @@
-"""What a step costs besides computing: an engine in this process, stages in processes of their own that compute nothing.
+"""What a step costs besides computing: an engine here, stages in processes of their own that compute nothing.
 
 Prints, for each number of stages, of streams, and each pretended compute time: how long a step takes beyond its
 computing, the CPU that replica and stages use per token, and the gap that a stage sees between two computations.
@@ -21,7 +21,7 @@ from rich.table import Table
 from deployments.messages import Generate, SamplingParams, TokenPrompt
 from deployments.replica.engine import Engine, EngineConfig
 from deployments.stage.link import StageAddress, StageLink
-from tests.bench.idle_stage import StageReport, cpu_seconds
+from tests.support.idle_stage import StageReport, cpu_seconds
 from tests.support.tiny_tokenizer import tiny_text
 
 NUM_STAGES = (1, 2)
@@ -98,16 +98,7 @@ async def stage_processes(
     num_stages: int, stage_us: float
 ) -> AsyncIterator[tuple[list[StageAddress], list[StageReport]]]:
     """Stages wired in a ring and ready to serve; their reports are in the list at the end."""
-    command = [sys.executable, "-m", "tests.bench.idle_stage"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(index), str(num_stages), str(stage_us)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(num_stages)
-    ]
+    processes = [start_stage(index, num_stages, stage_us) for index in range(num_stages)]
     reports: list[StageReport] = []
     try:
         listening = [json.loads(process.stdout.readline()) for process in processes]
@@ -123,6 +114,12 @@ async def stage_processes(
         for process in processes:
             process.kill()
             process.wait()
+
+
+def start_stage(index: int, num_stages: int, stage_us: float) -> subprocess.Popen[str]:
+    """One stage's process."""
+    command = [sys.executable, "-m", "tests.support.idle_stage", str(index), str(num_stages), str(stage_us)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One stage process whose model computes nothing: sleeps without the GIL, then answers token 5 or zeros as activations.
+"""One stage process whose model computes nothing: it sleeps without the GIL, then answers token 5, or zeros.
 
-``python -m tests.bench.idle_stage INDEX NUM_STAGES COMPUTE_US``. Prints its address as JSON, reads the address of the
+``python -m tests.support.idle_stage INDEX NUM_STAGES COMPUTE_US``. Prints its address as JSON, reads the address of the
 stage that it connects to, serves one replica, and then prints a :class:`StageReport` as JSON.
 """
 
