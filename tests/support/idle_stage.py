@@ -1,7 +1,7 @@
 """One stage process whose model computes nothing: it sleeps without the GIL, then answers token 5, or zeros.
 
-``python -m tests.support.idle_stage INDEX NUM_STAGES COMPUTE_US``. Prints its address as JSON, reads the address of the
-stage that it connects to, serves one replica, and then prints a :class:`StageReport` as JSON.
+``python -m tests.support.idle_stage INDEX NUM_STAGES COMPUTE_US``. Prints its address as JSON, reads the address of
+the stage that it connects to, serves one replica, and then prints a :class:`StageReport` as JSON.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class IdleRunner:
         if self._is_last:
             result = [Sample(part.sequence_id, TOKEN_ID) for part in step.sequences if part.sample]
         else:
-            num_tokens = sum(len(part.token_ids) for part in step.sequences)
+            num_tokens = sum(part.num_tokens for part in step.sequences)
             result = torch.zeros((num_tokens, HIDDEN_SIZE), dtype=self.dtype)
         self.ends.append(time.perf_counter())
         return result
