@@ -15,6 +15,7 @@ from rich.console import Console
 from tests.bench.closed_loop import Exchange, Point, measure
 from tests.bench.figures import Figures, Latency
 from tests.bench.http_client import CompletionsServer, events
+from tests.bench.in_process import read_stage_totals, stage_shares
 from tests.bench.machine import CpuClock, CpuUse
 from tests.bench.peer_report import Row, print_report
 from tests.bench.workloads import Workload
@@ -160,3 +161,17 @@ def test_the_report_says_which_goals_are_met():
     assert ">= 1.3x" in lines[0]
     assert "<= 0.7x" in lines[1]
     assert ">= 3.5x" in lines[2]
+
+
+def test_stage_shares_are_of_the_window_and_sum_to_one():
+    page = """# HELP ray_manta_stage_compute_seconds_total x
+ray_manta_stage_compute_seconds_total{Component="c",model="m",stage="0",version="v1"} %s
+ray_manta_stage_wait_seconds_total{stage="0"} %s
+ray_manta_stage_steps_total{stage="0"} 7.0
+ray_manta_steps_total{model="m"} 9.0
+"""
+    samples = [(float(at), read_stage_totals(page % (3 * at, at))) for at in range(10)]
+    assert samples[1][1] == {0: {"compute_seconds": 3.0, "wait_seconds": 1.0, "steps": 7.0}}
+    assert stage_shares(samples, 2.0, 9.0) == {0: {"compute": 0.75, "wait": 0.25}}
+    with pytest.raises(ValueError, match="longer"):
+        stage_shares(samples, 2.0, 2.5)

@@ -1,0 +1,200 @@
+"""A replica driven in this process: its engine here, its stages where Ray placed them, no gateway, no Serve, no HTTP.
+
+What a request costs beyond this is what the layers above the engine take.
+"""
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import yaml
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from cluster.config.load import load_text
+from cluster.control.code import code_digest
+from cluster.control.versions import known_versions
+from cluster.plan.build import build_plan
+from cluster.plan.placement import replica_bundles
+from cluster.plan.types import ModelAppArgs
+from cluster.registry.store import Registry
+from deployments.messages import Delta, Finished, Generate, RequestRefused, SamplingParams, Started, TextPrompt
+from deployments.replica.service import ReplicaService
+from tests.bench.closed_loop import Exchange
+from tests.bench.figures import Record
+from tests.bench.machine import started_with
+from tests.support.running import free_ports
+
+DEADLINE_S = 600.0
+_SAMPLE_S = 1.0
+
+
+StageTotals = dict[int, dict[str, float]]
+
+
+class LocalRay:
+    """A Ray of this process alone, on the loopback, with its metrics where :meth:`stage_totals` finds them."""
+
+    def __init__(self, temp_dir: str, metrics_port: int) -> None:
+        self._temp_dir = temp_dir
+        self._metrics_port = metrics_port
+
+    def roots(self) -> Iterable[psutil.Process]:
+        """Its daemons; stages are their descendants."""
+        return started_with(f"{self._temp_dir}/")
+
+    def stage_totals(self) -> StageTotals:
+        """Steps and seconds of each kind, by stage, as they were one or two seconds ago."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=10) as response:
+            return read_stage_totals(response.read().decode())
+
+
+def read_stage_totals(text: str) -> StageTotals:
+    """``manta_stage_<kind>_total`` of an exporter's page, by stage and kind, summed over everything else."""
+    totals: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for line in text.splitlines():
+        name, opened, rest = line.partition("{")
+        if opened and name.startswith("ray_manta_stage_") and name.endswith("_total"):
+            labels, _, value = rest.rpartition("} ")
+            kind = name.removeprefix("ray_manta_stage_").removesuffix("_total")
+            stage = next(int(each.split('"')[1]) for each in labels.split(",") if each.startswith("stage="))
+            totals[stage][kind] += float(value)
+    return {stage: dict(kinds) for stage, kinds in totals.items()}
+
+
+@asynccontextmanager
+async def stage_samples(local: LocalRay) -> AsyncIterator[list[tuple[float, StageTotals]]]:
+    """Totals about once a second while the block runs, each with the time of ``time.perf_counter``."""
+    samples: list[tuple[float, StageTotals]] = []
+
+    async def sample() -> None:
+        while True:
+            samples.append((time.perf_counter(), await asyncio.to_thread(local.stage_totals)))
+            await asyncio.sleep(_SAMPLE_S)
+
+    task = asyncio.create_task(sample())
+    try:
+        yield samples
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def stage_shares(samples: Sequence[tuple[float, StageTotals]], start_s: float, stop_s: float) -> StageTotals:
+    """How each stage spent the window, as parts of 1 by kind (``compute`` ..); ValueError without samples."""
+    within = [totals for at, totals in samples if start_s <= at < stop_s]
+    if len(within) < 2:
+        raise ValueError(f"{len(within)} samples lie in the window; it must be longer")
+    first, last = within[0], within[-1]
+    shares = {}
+    for stage, totals in last.items():
+        used = {kind: value - first.get(stage, {}).get(kind, 0.0) for kind, value in totals.items()}
+        seconds = {kind.removesuffix("_seconds"): value for kind, value in used.items() if kind.endswith("_seconds")}
+        whole = sum(seconds.values())
+        shares[stage] = {kind: value / whole for kind, value in seconds.items()} if whole else {}
+    return shares
+
+
+@contextmanager
+def local_ray() -> Iterator[LocalRay]:
+    """Started for this process, and ended with it."""
+    (port,) = free_ports(1)
+    temp_dir = tempfile.mkdtemp(prefix="manta-bench-ray-", dir="/tmp")
+    os.environ.update(RAY_AUTH_MODE="disabled", RAY_metrics_report_interval_ms="500", RAY_DISABLE_IMPORT_WARNING="1")
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=temp_dir,
+        _metrics_export_port=port,
+    )
+    try:
+        yield LocalRay(temp_dir, port)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def model_args(model: dict[str, Any], storage: Path) -> ModelAppArgs:
+    """The arguments that ``manta up`` would give a replica of one entry of ``models``, which must be imported."""
+    values = {
+        "name": "bench",
+        "storage": str(storage),
+        "cluster": {
+            "provider": {"kind": "local"},
+            "nodes": [{"name": "box", "resources": {"CPU": os.cpu_count()}, "min": 1, "max": 1}],
+        },
+        "models": [model],
+    }
+    config = load_text(yaml.safe_dump(values), "bench.yaml")
+    plan = build_plan(config, known_versions(config, Registry(config.storage_root)), code_digest())
+    args = plan.models[0].args
+    assert args is not None, f"{model['name']} is not in {storage} yet"
+    return args
+
+
+@asynccontextmanager
+async def replica(args: ModelAppArgs) -> AsyncIterator[ReplicaService]:
+    """One replica with its stages, which has produced its first token."""
+    group = placement_group(replica_bundles(args), strategy=args.placement_strategy)
+    await group.ready()
+    try:
+        service = await ReplicaService.start(args, "bench", group)
+        try:
+            yield service
+        finally:
+            await service.stop()
+    finally:
+        remove_placement_group(group)
+
+
+class ReplicaSource:
+    """A :class:`~tests.bench.closed_loop.Source`: requests go straight to the replica's engine."""
+
+    def __init__(self, service: ReplicaService) -> None:
+        self._service = service
+        self._numbers = itertools.count()
+
+    async def stream(self, prompt: str, max_tokens: int, exchange: Exchange) -> None:
+        """One request; what it comes to is stamped as it comes."""
+        request = Generate(
+            request_id=f"bench-{next(self._numbers)}",
+            prompt=TextPrompt(text=prompt),
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+            max_tokens=max_tokens,
+            deadline_s=DEADLINE_S,
+        )
+        events = self._service.generate(request)
+        try:
+            async for event in events:
+                exchange.arrivals.append((time.perf_counter(), event))
+        except RequestRefused as error:
+            exchange.failure = str(error)
+        finally:
+            await events.aclose()
+
+    def read(self, exchange: Exchange) -> Record:
+        """The record of what came."""
+        record = Record(sent_s=exchange.sent_s, error=exchange.failure)
+        for at, event in exchange.arrivals:
+            match event:
+                case Started():
+                    record.num_prompt_tokens = event.num_prompt_tokens
+                case Delta() if event.text:
+                    record.event_times.append(at)
+                case Finished():
+                    record.num_tokens = event.num_completion_tokens
+        return record
