@@ -53,17 +53,18 @@ class CompletionsServer:
         """One request on a connection of its own."""
         where = urlsplit(self.url)
         request = _request(where.netloc, self._body(prompt, max_tokens))
-        transport = None
+        transport = connection = None
         try:
             transport, connection = await asyncio.get_running_loop().create_connection(
                 lambda: _Connection(request, exchange), where.hostname, where.port
             )
-            await connection.done
+            await asyncio.shield(connection.done)
         except OSError as error:
             exchange.failure = f"{type(error).__name__}: {error}"
         finally:
-            if transport is not None:
+            if transport is not None and connection is not None:
                 transport.abort()
+                await connection.done
 
     def _body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         return {

@@ -10,8 +10,7 @@ import shutil
 import tempfile
 import time
 import urllib.request
-from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,11 @@ from deployments.replica.service import ReplicaService
 from tests.bench.closed_loop import Exchange
 from tests.bench.figures import Record
 from tests.bench.machine import started_with
+from tests.bench.stage_shares import StageTotals, read_stage_totals
 from tests.support.running import free_ports
 
 DEADLINE_S = 600.0
 _SAMPLE_S = 1.0
-
-
-StageTotals = dict[int, dict[str, float]]
 
 
 class LocalRay:
@@ -59,19 +56,6 @@ class LocalRay:
             return read_stage_totals(response.read().decode())
 
 
-def read_stage_totals(text: str) -> StageTotals:
-    """``manta_stage_<kind>_total`` of an exporter's page, by stage and kind, summed over everything else."""
-    totals: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for line in text.splitlines():
-        name, opened, rest = line.partition("{")
-        if opened and name.startswith("ray_manta_stage_") and name.endswith("_total"):
-            labels, _, value = rest.rpartition("} ")
-            kind = name.removeprefix("ray_manta_stage_").removesuffix("_total")
-            stage = next(int(each.split('"')[1]) for each in labels.split(",") if each.startswith("stage="))
-            totals[stage][kind] += float(value)
-    return {stage: dict(kinds) for stage, kinds in totals.items()}
-
-
 @asynccontextmanager
 async def stage_samples(local: LocalRay) -> AsyncIterator[list[tuple[float, StageTotals]]]:
     """Totals about once a second while the block runs, each with the time of ``time.perf_counter``."""
@@ -88,21 +72,6 @@ async def stage_samples(local: LocalRay) -> AsyncIterator[list[tuple[float, Stag
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-def stage_shares(samples: Sequence[tuple[float, StageTotals]], start_s: float, stop_s: float) -> StageTotals:
-    """How each stage spent the window, as parts of 1 by kind (``compute`` ..); ValueError without samples."""
-    within = [totals for at, totals in samples if start_s <= at < stop_s]
-    if len(within) < 2:
-        raise ValueError(f"{len(within)} samples lie in the window; it must be longer")
-    first, last = within[0], within[-1]
-    shares = {}
-    for stage, totals in last.items():
-        used = {kind: value - first.get(stage, {}).get(kind, 0.0) for kind, value in totals.items()}
-        seconds = {kind.removesuffix("_seconds"): value for kind, value in used.items() if kind.endswith("_seconds")}
-        whole = sum(seconds.values())
-        shares[stage] = {kind: value / whole for kind, value in seconds.items()} if whole else {}
-    return shares
 
 
 @contextmanager

@@ -21,16 +21,15 @@ from tests.bench.figures import ratio
 from tests.bench.in_process import (
     LocalRay,
     ReplicaSource,
-    StageTotals,
     local_ray,
     model_args,
     replica,
     stage_samples,
-    stage_shares,
 )
 from tests.bench.layers import firsts, mean, rates, verdict
 from tests.bench.machine import CpuClock
 from tests.bench.servers import MODEL, checkpoint_of
+from tests.bench.stage_shares import StageTotals, stage_shares
 from tests.bench.start import QUICKSTART, STORAGE
 from tests.bench.workloads import PromptSource, Workload, chat_like
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from tests.bench.closed_loop import Exchange, Point, measure
 from tests.bench.figures import Figures, Latency
 from tests.bench.http_client import CompletionsServer, events
-from tests.bench.in_process import read_stage_totals, stage_shares
 from tests.bench.machine import CpuClock, CpuUse
 from tests.bench.peer_report import Row, print_report
+from tests.bench.stage_shares import read_stage_totals, stage_shares
 from tests.bench.workloads import Workload
 
 WORKLOAD = Workload(name="T", num_streams=3, prompt_tokens=2, output_tokens=6)
@@ -37,9 +37,16 @@ def answer(num_tokens: int) -> list[bytes]:
 @asynccontextmanager
 async def server(status: str = "200 OK", pause_s: float = 0.0):
     """Answers every completion with as many tokens as were asked for; keeps what it was asked."""
-    asked = []
+    asked, tasks = [], set()
 
     async def handle(reader, writer):
+        tasks.add(asyncio.current_task())
+        try:
+            await respond(reader, writer)
+        finally:
+            writer.close()
+
+    async def respond(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         body = json.loads(await reader.readexactly(length))
@@ -49,7 +56,6 @@ async def server(status: str = "200 OK", pause_s: float = 0.0):
             writer.write(chunk(event))
             await asyncio.sleep(pause_s)
         writer.write(b"0\r\n\r\n")
-        writer.close()
 
     listening = await asyncio.start_server(handle, "127.0.0.1", 0)
     try:
@@ -57,6 +63,10 @@ async def server(status: str = "200 OK", pause_s: float = 0.0):
         yield CompletionsServer(url=f"http://{host}:{port}", model="m"), asked
     finally:
         listening.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)
 
 
 RAW = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(map(chunk, answer(9))) + b"0\r\n\r\n"
