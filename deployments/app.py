@@ -13,17 +13,16 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.control.code import check_code_digest
 from cluster.plan.placement import replica_bundles
+from cluster.plan.serve_app import REPLICA_DEPLOYMENT
 from cluster.plan.types import GatewayAppArgs, GatewaySettings, ModelAppArgs, RoutingTable
 from cluster.telemetry.log import log_with_serve
 from deployments.gateway.app import create_app
 from deployments.gateway.metrics import GatewayTelemetry
-from deployments.replica.server import Replica, autoscaling
+from deployments.replica.server import Replica
 from deployments.router.connection import ReplicaEndpoint
 from deployments.router.pool import ReplicaPool
 from deployments.router.router import Router
 
-# Long enough for a stream to end by itself; the replica ends what is left at its own drain timeout.
-_GRACE_S = 10.0
 _DISCOVERY_TIMEOUT_S = 5.0
 
 # Serve's access log would add a line for every discovery; gateway and replica log each request themselves.
@@ -44,19 +43,20 @@ _CLOSED = RoutingTable(
 
 
 def build_model(args: ModelAppArgs) -> Application:
-    """The application of one model version: the deployment ``Replica``, one placement group per replica."""
+    """The application of one model version: the deployment ``Replica``, one placement group per replica.
+
+    How many replicas, and the time each has to drain, come with Serve's config, where they change in place.
+    """
     deployment = serve.deployment(Replica).options(
         ray_actor_options={"num_cpus": args.replica_cpus},
         placement_group_bundles=replica_bundles(args),
         placement_group_strategy=args.placement_strategy,
-        autoscaling_config=autoscaling(args),
         max_ongoing_requests=1000,
         max_constructor_retry_count=1,
         health_check_period_s=2.0,
         logging_config=_LOGGING,
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=args.drain_timeout_s + _GRACE_S,
         max_surge_percent=100,
     )
     return deployment.bind(args)
@@ -95,7 +95,7 @@ class Gateway:
 
 def open_pool(app: str) -> ReplicaPool:
     """The replicas of application ``app``, found through its Serve handle."""
-    handle: DeploymentHandle = serve.get_deployment_handle("Replica", app_name=app)
+    handle: DeploymentHandle = serve.get_deployment_handle(REPLICA_DEPLOYMENT, app_name=app)
 
     async def discover() -> list[ReplicaEndpoint]:
         broadcast = handle.broadcast("endpoint")

@@ -22,6 +22,7 @@ from cluster.plan.build import build_plan
 from cluster.plan.diff import (
     Action,
     AwaitApps,
+    ChangeSettings,
     DeployApps,
     ImportModel,
     Nothing,
@@ -31,6 +32,7 @@ from cluster.plan.diff import (
     SwitchRoutes,
     diff,
     join,
+    routing_between,
     routing_for_now,
 )
 from cluster.plan.serve_app import GATEWAY_APP, ServeApp, gateway_app, model_apps, serve_config
@@ -123,12 +125,13 @@ class _Rollout:
     def do(self, action: Action) -> None:
         """Carry out one action; ControlError when the cluster does not follow."""
         match action:
-            case DeployApps():
+            case DeployApps() | ChangeSettings():
                 self._deploy(action.apps)
             case AwaitApps():
                 self._wait(action.apps)
             case SwitchRoutes():
-                self._apps[GATEWAY_APP] = gateway_app(self._plan.gateway, self._plan.routing, self._plan.runtime_env)
+                routing = routing_between(self._plan, self._observed, self._removed, action.waiting)
+                self._apps[GATEWAY_APP] = gateway_app(self._plan.gateway, routing, self._plan.runtime_env)
                 self._put()
                 self._wait((GATEWAY_APP,))
             case RemoveApps():

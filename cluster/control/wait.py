@@ -96,7 +96,8 @@ def patient_details(dashboard: Dashboard, deadline: float) -> dict[str, Any]:
 
 def longest_drain_s(apps: Iterable[ServeApp]) -> float:
     """How long the slowest of ``apps`` lets its requests finish before it stops, seconds."""
-    return max((app["args"].get("drain_timeout_s", 0.0) for app in apps), default=0.0)
+    deployments = [deployment for app in apps for deployment in app.get("deployments", [])]
+    return max((deployment.get("graceful_shutdown_timeout_s", 0.0) for deployment in deployments), default=0.0)
 
 
 def view(name: str, app: dict[str, Any] | None) -> AppView:

@@ -16,13 +16,14 @@ from cluster.plan.routing import gateway_settings, routing_table
 from cluster.plan.types import (
     GatewayAppArgs,
     KnownVersion,
-    ModelAppArgs,
+    ModelApp,
     ModelFacts,
     ModelPlan,
     NodePlan,
     Plan,
     Quantization,
     ReplicaRange,
+    ReplicaSettings,
     StagePlan,
 )
 from cluster.units import format_bytes
@@ -92,7 +93,7 @@ def _model_plan(
 
 def _app_args(
     model: ModelConfig, version: KnownVersion, storage: str, nodes: Sequence[NodePlan], code_digest: str
-) -> ModelAppArgs:
+) -> ModelApp:
     _check_version(model, version)
     path = f"models.{model.name}.pipeline"
     if model.pipeline.split is not None:
@@ -154,10 +155,10 @@ def _with_stages(
     nodes: Sequence[NodePlan],
     code_digest: str,
     ranges: tuple[Range, ...],
-) -> ModelAppArgs:
+) -> ModelApp:
     num_blocks = 0 if model.task == "embed" else model.num_kv_blocks
     threads = model.pipeline.threads
-    return ModelAppArgs(
+    return ModelApp(
         app=f"{model.name}-{version.version}",
         model=model.name,
         version=version.version,
@@ -174,9 +175,7 @@ def _with_stages(
         max_running=model.batching.max_running,
         max_step_tokens=model.batching.max_step_tokens,
         max_waiting=model.batching.max_waiting,
-        request_timeout_s=model.timeouts.request,
         step_timeout_s=model.timeouts.step,
-        drain_timeout_s=model.timeouts.drain or model.timeouts.request,
         threads_per_stage=_auto_threads(model, nodes, len(ranges)) if threads == "auto" else threads,
         replica_cpus=model.resources.replica_cpus,
         stage_cpus=model.resources.stage_cpus,
@@ -187,9 +186,13 @@ def _with_stages(
         replicas=ReplicaRange(
             min=model.replicas.min,
             max=model.replicas.max,
-            target_waiting_tokens=model.replicas.target_waiting_tokens,
             upscale_delay_s=model.replicas.upscale_delay,
             downscale_delay_s=model.replicas.downscale_delay,
+        ),
+        settings=ReplicaSettings(
+            target_waiting_tokens=model.replicas.target_waiting_tokens,
+            request_timeout_s=model.timeouts.request,
+            drain_timeout_s=model.timeouts.drain or model.timeouts.request,
         ),
         code_digest=code_digest,
         registry_name=None if version.name == model.name else version.name,
@@ -236,7 +239,7 @@ def _quantization_in_memory(model: ModelConfig) -> Quantization | None:
 
 
 def _notes(
-    apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes: Sequence[NodePlan], surge: bool
+    apps: Sequence[ModelApp], gateway: GatewayAppArgs, nodes: Sequence[NodePlan], surge: bool
 ) -> tuple[str, ...]:
     notes = []
     if not surge:

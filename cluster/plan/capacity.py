@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cluster.errors import PlanError
 from cluster.plan.placement import Amounts, Gang, all_fit, fits_one, replica_gang, totals
-from cluster.plan.types import GatewayAppArgs, ModelAppArgs, NodePlan, StagePlan
+from cluster.plan.types import GatewayAppArgs, ModelApp, NodePlan, StagePlan
 from cluster.units import format_bytes
 
 
@@ -14,7 +14,7 @@ def gateway_gangs(gateway: GatewayAppArgs) -> list[Gang]:
     return [gang] * gateway.num_replicas
 
 
-def check_capacity(apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes: Sequence[NodePlan]) -> None:
+def check_capacity(apps: Sequence[ModelApp], gateway: GatewayAppArgs, nodes: Sequence[NodePlan]) -> None:
     """Refuse a plan whose gateway and ``replicas.min`` copies of every model cannot all be placed.
 
     Raises PlanError with the place, the number that breaks the limit, and what to change.
@@ -38,7 +38,7 @@ def check_capacity(apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes:
     )
 
 
-def can_surge(apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes: Sequence[NodePlan]) -> bool:
+def can_surge(apps: Sequence[ModelApp], gateway: GatewayAppArgs, nodes: Sequence[NodePlan]) -> bool:
     """Whether a new version of any one model, with all its minimum of replicas, fits beside everything else.
 
     Serve calls a version running when all of them are, so room for only some would keep the old version for ever.
@@ -47,20 +47,43 @@ def can_surge(apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes: Sequ
     return all(all_fit([*at_minimum, *[replica_gang(args)] * max(1, args.replicas.min)], nodes) for args in apps)
 
 
+def surge_batches(
+    replacing: Sequence[str], apps: Sequence[ModelApp], gateway: GatewayAppArgs, nodes: Sequence[NodePlan]
+) -> list[list[str]]:
+    """The applications ``replacing`` others, in order, in groups whose new replicas fit beside all that runs.
+
+    Two that start at once where there is room for one would each hold a part of it and wait for the rest for ever.
+    One that does not fit even alone is a group of its own.
+    """
+    by_name = {app.app: app for app in apps}
+    at_minimum = _at_minimum(apps, gateway)
+    batches: list[list[str]] = []
+    surge: list[Gang] = []
+    for name in replacing:
+        gangs = [replica_gang(by_name[name])] * max(1, by_name[name].replicas.min)
+        if batches and all_fit([*at_minimum, *surge, *gangs], nodes):
+            batches[-1].append(name)
+            surge.extend(gangs)
+        else:
+            batches.append([name])
+            surge = gangs
+    return batches
+
+
 def maximum_fits(
-    args: ModelAppArgs, apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs, nodes: Sequence[NodePlan]
+    args: ModelApp, apps: Sequence[ModelApp], gateway: GatewayAppArgs, nodes: Sequence[NodePlan]
 ) -> bool:
     """Whether ``args`` can have ``replicas.max`` copies while every other model has its minimum."""
     others = [other for other in apps if other.app != args.app]
     return all_fit([*_at_minimum(others, gateway), *[replica_gang(args)] * args.replicas.max], nodes)
 
 
-def one_replica_fits(args: ModelAppArgs, nodes: Sequence[NodePlan]) -> bool:
+def one_replica_fits(args: ModelApp, nodes: Sequence[NodePlan]) -> bool:
     """Whether one replica fits the nodes when nothing else runs there."""
     return all_fit([replica_gang(args)], nodes)
 
 
-def _at_minimum(apps: Sequence[ModelAppArgs], gateway: GatewayAppArgs) -> list[Gang]:
+def _at_minimum(apps: Sequence[ModelApp], gateway: GatewayAppArgs) -> list[Gang]:
     return [gang for args in apps for gang in [replica_gang(args)] * args.replicas.min] + gateway_gangs(gateway)
 
 
@@ -68,7 +91,7 @@ def _offer(nodes: Sequence[NodePlan]) -> Amounts:
     return totals([{name: amount * node.max for name, amount in node.resources.items()} for node in nodes])
 
 
-def check_one_replica(args: ModelAppArgs, nodes: Sequence[NodePlan]) -> None:
+def check_one_replica(args: ModelApp, nodes: Sequence[NodePlan]) -> None:
     """Refuse a model of which one replica, alone on the nodes, cannot be placed; PlanError names the number."""
     gang = replica_gang(args)
     for stage, bundle in zip(args.stages, gang.bundles, strict=True):

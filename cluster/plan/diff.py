@@ -4,15 +4,27 @@ A new version is up before the routes move to it, and the old one goes after tha
 
     ImportModel -> StartCluster -> DeployApps (old + new) -> AwaitApps -> SwitchRoutes -> RemoveApps (old)
 
-Where the plan has no room for both at once, the old one goes first.
+Where the plan has no room for both at once, the old one goes first. Where there is room for the new versions of some
+models at once but not of all, they take turns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from cluster.errors import PlanError
-from cluster.plan.serve_app import GATEWAY_APP, GATEWAY_DEPLOYMENT, ServeApp, gateway_app, is_own, model_apps
+from cluster.plan.capacity import surge_batches
+from cluster.plan.serve_app import (
+    GATEWAY_APP,
+    GATEWAY_DEPLOYMENT,
+    IN_PLACE,
+    ServeApp,
+    gateway_app,
+    is_own,
+    model_apps,
+)
 from cluster.plan.types import Plan, Route, RoutingTable
 
 _RESTART_SERVE = {
@@ -89,6 +101,15 @@ class DeployApps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeSettings:
+    """Give running applications other bounds and timeouts; their replicas stay."""
+
+    apps: tuple[str, ...]
+    sentence: str
+    kind: Literal["change_settings"] = "change_settings"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AwaitApps:
     """Wait until applications run."""
 
@@ -102,6 +123,8 @@ class SwitchRoutes:
     """Replace the gateway's routing table, in place."""
 
     sentence: str
+    waiting: tuple[str, ...] = ()
+    """Models whose turn comes later; their routes stay as they are."""
     kind: Literal["switch_routes"] = "switch_routes"
 
 
@@ -122,7 +145,7 @@ class Nothing:
     kind: Literal["nothing"] = "nothing"
 
 
-Action = StartCluster | ImportModel | DeployApps | AwaitApps | SwitchRoutes | RemoveApps | Nothing
+Action = StartCluster | ImportModel | DeployApps | ChangeSettings | AwaitApps | SwitchRoutes | RemoveApps | Nothing
 
 
 def diff(plan: Plan, observed: Observed) -> tuple[Action, ...]:
@@ -185,28 +208,68 @@ def _app_actions(plan: Plan, observed: Observed) -> list[Action]:
     if _gateway_differs(plan, own.get(GATEWAY_APP)):
         changed.append(GATEWAY_APP)
     stuck = [name for name in (*desired, GATEWAY_APP) if name in own and _is_stuck(own[name]) and name not in changed]
-    first = [*stuck, *([] if plan.surge else _in_the_way(stale, changed, own))]
-
+    gone = [*stuck, *([] if plan.surge else _in_the_way(stale, changed, own))]
+    adjusted = {
+        name: keys
+        for name, app in desired.items()
+        if name in own and name not in changed and (keys := changed_settings(app, own[name].config))
+    }
     actions: list[Action] = []
-    if first:
-        actions.append(RemoveApps(apps=tuple(first), sentence=_removal_first(first, stuck)))
-    to_deploy = (*changed, *stuck)
-    if to_deploy:
-        actions.append(DeployApps(apps=to_deploy, sentence=_deployment(to_deploy, own)))
-    unready = tuple(
-        name
-        for name in (*desired, GATEWAY_APP)
-        if name in to_deploy or (name in own and own[name].status != "RUNNING")
-    )
-    if unready:
-        actions.append(AwaitApps(apps=unready, sentence=f"Wait until {join(unready)} {_run(unready)}."))
-    in_force = plan.routing.model_dump(mode="json") == _routing_of(own.get(GATEWAY_APP))
-    if desired and not (in_force and _routes_without(first, plan.routing) == plan.routing.routes):
-        actions.append(SwitchRoutes(sentence=_switch(plan.routing)))
-    last = tuple(name for name in stale if name not in first)
-    if last:
-        actions.append(RemoveApps(apps=last, sentence=f"Remove {join(last)}: nothing asks for it any more."))
+    if gone:
+        actions.append(RemoveApps(apps=tuple(gone), sentence=_removal_first(gone, stuck)))
+    if adjusted:
+        actions.append(ChangeSettings(apps=tuple(adjusted), sentence=_adjustment(adjusted)))
+    unready = [name for name in own if own[name].status != "RUNNING"]
+    turns = _turns(plan, [*changed, *stuck], own)
+    table = routing_in_force(observed)
+    for number, turn in enumerate(turns):
+        later = {name for names in turns[number + 1 :] for name in names}
+        waited = {*turn, *(() if number else (*adjusted, *unready))} - later
+        wanted = routing_between(plan, observed, gone, _models_of(plan, later))
+        actions.extend(_deploy(turn, own))
+        actions.extend(_await([name for name in (*desired, GATEWAY_APP) if name in waited]))
+        if desired and (table != wanted or _routes_without(gone, wanted) != wanted.routes):
+            actions.append(SwitchRoutes(sentence=_switch(wanted), waiting=_models_of(plan, later)))
+        going = [name for name in stale if name not in gone and not later & _successors(own[name], plan)]
+        actions.extend(_remove(going))
+        gone.extend(going)
+        table = wanted
     return actions
+
+
+def _turns(plan: Plan, to_deploy: Sequence[str], own: Mapping[str, ObservedApp]) -> list[tuple[str, ...]]:
+    """Which applications are deployed together, in order: all of them, where all have room beside the old ones."""
+    apps = [model.args for model in plan.models if model.args is not None]
+    served_now = {app.config["args"].get("model") for app in own.values()}
+    replacing = [app.app for app in apps if app.app in to_deploy and app.model in served_now]
+    batches = surge_batches(replacing, apps, plan.gateway, plan.nodes) if plan.surge else []
+    if len(batches) <= 1:
+        return [tuple(to_deploy)]
+    others = [name for name in to_deploy if name not in replacing]
+    return [(*batches[0], *others), *map(tuple, batches[1:])]
+
+
+def _deploy(names: Sequence[str], own: Mapping[str, ObservedApp]) -> list[Action]:
+    return [DeployApps(apps=tuple(names), sentence=_deployment(names, own))] if names else []
+
+
+def _await(names: Sequence[str]) -> list[Action]:
+    return [AwaitApps(apps=tuple(names), sentence=f"Wait until {join(names)} {_run(names)}.")] if names else []
+
+
+def _remove(names: Sequence[str]) -> list[Action]:
+    sentence = f"Remove {join(names)}: nothing asks for it any more."
+    return [RemoveApps(apps=tuple(names), sentence=sentence)] if names else []
+
+
+def _models_of(plan: Plan, apps: Collection[str]) -> tuple[str, ...]:
+    return tuple(model.name for model in plan.models if model.args is not None and model.args.app in apps)
+
+
+def _successors(app: ObservedApp, plan: Plan) -> set[str]:
+    """The planned application of the same model, if there is one."""
+    name = app.config["args"].get("model")
+    return {model.args.app for model in plan.models if model.args is not None and model.name == name}
 
 
 def _check_foreign(desired: Mapping[str, ServeApp], observed: Observed) -> None:
@@ -244,6 +307,20 @@ def _in_the_way(stale: Sequence[str], changed: Sequence[str], own: Mapping[str, 
     return [*stale, *(name for name in models if name in own)] if models else []
 
 
+def changed_settings(wanted: ServeApp, deployed: ServeApp) -> tuple[str, ...]:
+    """The keys of the YAML, under a model, whose values Serve has to be told although no replica restarts."""
+    new, old = _options(wanted), _options(deployed)
+    names = [key for key in new if new[key] != old.get(key)]
+    return tuple(dict.fromkeys(IN_PLACE.get(name, name) for name in names))
+
+
+def _options(app: ServeApp) -> dict[str, Any]:
+    """The options of the one deployment of a model's application, without the sections they stand in."""
+    options: dict[str, Any] = dict(next(iter(app.get("deployments", [])), {}))
+    sections = options.pop("autoscaling_config", {}) | options.pop("user_config", {})
+    return options | sections
+
+
 def _routing_of(gateway: ObservedApp | None) -> dict[str, Any] | None:
     if gateway is None:
         return None
@@ -252,6 +329,24 @@ def _routing_of(gateway: ObservedApp | None) -> dict[str, Any] | None:
             in_force: dict[str, Any] | None = deployment.get("user_config")
             return in_force
     return None
+
+
+def routing_in_force(observed: Observed) -> RoutingTable | None:
+    """The gateway's table; None where there is none, or one that another release wrote."""
+    try:
+        return RoutingTable.model_validate(_routing_of(observed.own.get(GATEWAY_APP)))
+    except ValidationError:
+        return None
+
+
+def routing_between(plan: Plan, observed: Observed, removed: Sequence[str], waiting: Collection[str]) -> RoutingTable:
+    """The plan's table, but the routes in force for models that are ``waiting`` for their turn."""
+    if not waiting:
+        return plan.routing
+    in_force = {route.model: route for route in routing_for_now(plan, observed, removed).routes}
+    planned = {route.model: route for route in plan.routing.routes}
+    routes = [in_force.get(name) if name in waiting else route for name, route in planned.items()]
+    return RoutingTable(settings=plan.routing.settings, routes=tuple(route for route in routes if route is not None))
 
 
 def routing_for_now(plan: Plan, observed: Observed, removed: Sequence[str] = ()) -> RoutingTable:
@@ -280,6 +375,10 @@ def _deployment(names: Sequence[str], own: Mapping[str, ObservedApp]) -> str:
     parts = ([f"Deploy {join(new)}"] if new else []) + ([f"update {join(changed)}"] if changed else [])
     sentence = " and ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _adjustment(adjusted: Mapping[str, Sequence[str]]) -> str:
+    return f"Change {join([f'{join(keys)} of {name}' for name, keys in adjusted.items()])} in place."
 
 
 def _switch(routing: RoutingTable) -> str:

@@ -1,32 +1,72 @@
 """What Serve is told: parts of a Plan in, the JSON bodies of ``PUT /api/serve/applications/`` out.
 
 Ray accepts unknown keys in silence, so everything it reads is written here and nowhere else. The deployments' own
-options (placement, autoscaling, surge) are set by the builders that ``import_path`` names, from ``args``.
+options (placement, surge) are set by the builders that ``import_path`` names, from ``args``; a change of those
+restarts replicas. What is under ``deployments`` here changes in place.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.plan.types import GatewayAppArgs, ModelAppArgs, Plan, RoutingTable
+from cluster.plan.types import GatewayAppArgs, ModelApp, Plan, ReplicaRange, RoutingTable
 
 MODEL_BUILDER = "deployments.app:build_model"
 GATEWAY_BUILDER = "deployments.app:build_gateway"
 GATEWAY_APP = "gateway"
 GATEWAY_DEPLOYMENT = "Gateway"
+REPLICA_DEPLOYMENT = "Replica"
+IN_PLACE = {
+    "min_replicas": "replicas.min",
+    "max_replicas": "replicas.max",
+    "initial_replicas": "replicas.min",
+    "upscale_delay_s": "replicas.upscale_delay",
+    "downscale_delay_s": "replicas.downscale_delay",
+    "target_waiting_tokens": "replicas.target_waiting_tokens",
+    "request_timeout_s": "timeouts.request",
+    "drain_timeout_s": "timeouts.drain",
+    "graceful_shutdown_timeout_s": "timeouts.drain",
+}
+"""Options of a model's deployment that change without a restart, and the keys of the YAML they come from."""
+_SCALING_POLICY = "deployments.replica.autoscale:WaitingTokensPolicy"
+_GRACE_S = 10.0
+"""A replica that drains ends what is left by itself; Serve waits this much longer."""
 
 ServeApp = dict[str, Any]
 """One entry of ``applications``, as Ray's ServeApplicationSchema has it."""
 
 
-def model_app(args: ModelAppArgs, runtime_env: dict[str, str]) -> ServeApp:
+def model_app(model: ModelApp, runtime_env: dict[str, str]) -> ServeApp:
     """The application of one model version. It has no route: requests reach it through the gateway."""
     app: ServeApp = {
-        "name": args.app,
+        "name": model.app,
         "import_path": MODEL_BUILDER,
         "route_prefix": None,
-        "args": args.model_dump(mode="json"),
+        "args": model.constructor_args,
+        "deployments": [
+            {
+                "name": REPLICA_DEPLOYMENT,
+                "num_replicas": "auto",  # else Serve's controller would have to import the policy by itself
+                "autoscaling_config": _autoscaling(model.replicas),
+                "graceful_shutdown_timeout_s": model.settings.drain_timeout_s + _GRACE_S,
+                "user_config": model.settings.model_dump(mode="json"),
+            }
+        ],
     }
     return app | ({"runtime_env": dict(runtime_env)} if runtime_env else {})
+
+
+def _autoscaling(replicas: ReplicaRange) -> dict[str, Any]:
+    """Serve's autoscaling options: between the bounds, by our policy. A change of the policy restarts replicas."""
+    return {
+        "min_replicas": replicas.min,
+        "max_replicas": replicas.max,
+        "initial_replicas": max(1, replicas.min),
+        "metrics_interval_s": 1.0,
+        "look_back_period_s": 2.0,
+        "upscale_delay_s": replicas.upscale_delay_s,
+        "downscale_delay_s": replicas.downscale_delay_s,
+        "policy": {"policy_function": _SCALING_POLICY},
+    }
 
 
 def gateway_app(args: GatewayAppArgs, routing: RoutingTable, runtime_env: dict[str, str]) -> ServeApp:

@@ -64,18 +64,27 @@ class StagePlan(PlanModel):
 
 
 class ReplicaRange(PlanModel):
-    """Bounds and targets of a deployment's replica count."""
+    """Bounds of a deployment's replica count; changed in place."""
 
     min: int
     max: int
-    target_waiting_tokens: int
-    """Waiting prompt tokens per replica above which a replica is added."""
     upscale_delay_s: float
     downscale_delay_s: float
 
 
+class ReplicaSettings(PlanModel):
+    """``user_config`` of a model's replicas: replaced in place, no restart."""
+
+    target_waiting_tokens: int
+    """Waiting prompt tokens per replica above which a replica is added."""
+    request_timeout_s: float
+    """Longest life of a request in the replica."""
+    drain_timeout_s: float
+    """How long a stopping replica lets its requests finish."""
+
+
 class ModelAppArgs(PlanModel):
-    """Arguments of ``deployments.app:build_model``: everything one replica must know."""
+    """Arguments of ``deployments.app:build_model``: what a replica must know as it starts; a change restarts it."""
 
     app: str
     """Serve application name: ``<model>-<version>``."""
@@ -101,11 +110,8 @@ class ModelAppArgs(PlanModel):
     """Token budget of one step (decode tokens and prefill chunks together)."""
     max_waiting: int
     """Requests that may wait; one more is refused with 429."""
-    request_timeout_s: float
     step_timeout_s: float
     """A stage that has not answered a step after this long counts as dead."""
-    drain_timeout_s: float
-    """How long a stopping replica lets its requests finish."""
     threads_per_stage: int
     replica_cpus: float
     stage_cpus: float
@@ -114,11 +120,22 @@ class ModelAppArgs(PlanModel):
     """Whether stages also reserve their ``memory_bytes`` as Ray's logical ``memory``."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
     stages: tuple[StagePlan, ...]
-    replicas: ReplicaRange
     code_digest: str
     """Digest of the three packages that made the plan; a replica running other code refuses to start."""
     registry_name: str | None = None
     """Name of the model in the registry where it differs from ``model`` (a ``registry://`` source)."""
+
+
+class ModelApp(ModelAppArgs):
+    """One model version's Serve application: its arguments, and what changes in place."""
+
+    replicas: ReplicaRange
+    settings: ReplicaSettings
+
+    @property
+    def constructor_args(self) -> dict[str, object]:
+        """The JSON of the :class:`ModelAppArgs` in it."""
+        return self.model_dump(mode="json", include=set(ModelAppArgs.model_fields))
 
 
 class RouteTarget(PlanModel):
@@ -206,7 +223,7 @@ class ModelPlan(PlanModel):
     created: int | None
     chats: bool
     """Takes conversations: writes text and has a chat template; taken for granted before the import."""
-    args: ModelAppArgs | None
+    args: ModelApp | None
 
 
 class Plan(PlanModel):

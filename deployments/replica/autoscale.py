@@ -11,21 +11,19 @@ from typing import Any
 class WaitingTokensPolicy:
     """One more replica while prompt tokens wait above the target; one less when the rest could take all the work.
 
-    ``target_waiting_tokens`` is per replica. A deployment at zero goes to one as soon as anybody asks for it.
+    Replicas report what waits as a multiple of the target: as an argument here, a change of it would restart them.
+    A deployment at zero goes to one as soon as anybody asks for it.
     """
-
-    def __init__(self, target_waiting_tokens: int) -> None:
-        self._target = target_waiting_tokens
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
         """The desired number of replicas, and no state."""
         current = ctx.current_num_replicas
         if current == 0:
             return (1 if ctx.total_num_requests > 0 else 0), {}
-        waiting = _total(ctx, "waiting_tokens")
+        waiting = _total(ctx, "waiting")
         busy = _total(ctx, "kv_used_fraction")
-        if waiting > self._target * current:
-            return max(current + 1, math.ceil(waiting / self._target)), {}
+        if waiting > current:
+            return max(current + 1, math.ceil(waiting)), {}
         idle = _total(ctx, "running") == 0
         if waiting == 0 and (idle if current == 1 else busy <= (current - 1) * 0.5):
             return current - 1, {}

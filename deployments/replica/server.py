@@ -5,6 +5,7 @@ replica starts.
 """
 
 import logging
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import ray
 from ray import serve
 
 from cluster.control.code import check_code_digest
-from cluster.plan.types import ModelAppArgs
+from cluster.plan.types import ModelAppArgs, ReplicaSettings
 from cluster.telemetry.log import log_with_serve
 from deployments.router.connection import ReplicaEndpoint
 
@@ -26,6 +27,7 @@ class Replica:
     """One replica. Serve creates it inside the placement group that the plan asked for."""
 
     _service: "ReplicaService | None" = None
+    _settings: ReplicaSettings | None = None
 
     async def __init__(self, args: ModelAppArgs) -> None:  # type: ignore[misc]  # Serve awaits constructors
         from deployments.replica.service import ReplicaService  # noqa: PLC0415 - torch loads here, not in the builder
@@ -40,6 +42,11 @@ class Replica:
         self._service = await ReplicaService.start(args, replica_id, group)
         logger.info("%s: replica %s is ready after %.1f s", args.app, replica_id, time.monotonic() - begin)
 
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over new settings; Serve calls this after the constructor and on every change."""
+        self._settings = ReplicaSettings.model_validate(user_config)
+        self._running.configure(self._settings)
+
     async def endpoint(self) -> ReplicaEndpoint:
         """Where gateways connect."""
         return self._running.endpoint
@@ -52,8 +59,9 @@ class Replica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the autoscaling policy sees of this replica."""
         load = self._running.load()
+        target = self._settings.target_waiting_tokens if self._settings is not None else math.inf
         return {
-            "waiting_tokens": float(load.num_waiting_tokens),
+            "waiting": load.num_waiting_tokens / target,
             "running": float(load.num_running),
             "kv_used_fraction": load.kv_used_fraction,
         }
@@ -67,20 +75,3 @@ class Replica:
         """Serve calls this when the replica is to go, and gives it until the shutdown timeout."""
         if self._service is not None:
             await self._service.stop()
-
-
-def autoscaling(args: ModelAppArgs) -> dict[str, Any]:
-    """Serve's autoscaling options: between the bounds, on waiting tokens."""
-    return {
-        "min_replicas": args.replicas.min,
-        "max_replicas": args.replicas.max,
-        "initial_replicas": max(1, args.replicas.min),
-        "metrics_interval_s": 1.0,
-        "look_back_period_s": 2.0,
-        "upscale_delay_s": args.replicas.upscale_delay_s,
-        "downscale_delay_s": args.replicas.downscale_delay_s,
-        "policy": {
-            "policy_function": "deployments.replica.autoscale:WaitingTokensPolicy",
-            "policy_kwargs": {"target_waiting_tokens": args.replicas.target_waiting_tokens},
-        },
-    }

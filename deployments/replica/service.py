@@ -9,14 +9,15 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator
-from typing import Self
+from typing import Self, TypeVar
 
+import msgspec
 import ray
 from numpy import float32
 from numpy.typing import NDArray
 from ray.util.placement_group import PlacementGroup
 
-from cluster.plan.types import ModelAppArgs
+from cluster.plan.types import ModelAppArgs, ReplicaSettings
 from cluster.registry.materialize import materialize
 from cluster.registry.store import Registry
 from deployments.channel import Channel, Listener
@@ -50,6 +51,8 @@ from deployments.stage.link import StageLink
 
 logger = logging.getLogger(__name__)
 
+Asked = TypeVar("Asked", Generate, Embed)
+
 _WARM_UP_TIMEOUT_S = 300.0
 _REPORT_S = 1.0
 
@@ -62,15 +65,12 @@ _HARMLESS = (
     "max_running",
     "max_step_tokens",
     "max_waiting",
-    "request_timeout_s",
     "step_timeout_s",
-    "drain_timeout_s",
     "replica_cpus",
     "stage_cpus",
     "stage_memory",
     "placement_strategy",
     "stages",
-    "replicas",
 )
 
 
@@ -86,6 +86,7 @@ class ReplicaService:
         stages: StageGroup,
     ) -> None:
         self._args = args
+        self._settings: ReplicaSettings | None = None
         self._replica_id = replica_id
         self._tokenizer = tokenizer
         self._grammars = grammars
@@ -173,13 +174,17 @@ class ReplicaService:
         """Events of one request; raises RequestRefused."""
         if isinstance(self._engine, EmbedEngine):
             raise _wrong_task(request.request_id, self._args.model, "embeds; ask /v1/embeddings")
-        return self._engine.submit(request)
+        return self._engine.submit(within(request, self._settings))
 
     async def embed(self, request: Embed) -> tuple[Embedded, NDArray[float32]]:
         """One vector per input; raises RequestRefused."""
         if isinstance(self._engine, Engine):
             raise _wrong_task(request.request_id, self._args.model, "generates; ask /v1/chat/completions")
-        return await self._engine.embed(request)
+        return await self._engine.embed(within(request, self._settings))
+
+    def configure(self, settings: ReplicaSettings) -> None:
+        """Take over new settings; requests under way keep the time they were given."""
+        self._settings = settings
 
     def tokenize(self, request: Tokenize) -> Tokenized:
         """Token ids of a prompt; raises RequestRefused."""
@@ -218,7 +223,7 @@ class ReplicaService:
         self._engine.stop_admitting()
         for session in self._sessions:
             session.report_load()
-        await self._engine.drain(self._args.drain_timeout_s)
+        await self._engine.drain(self._settings.drain_timeout_s if self._settings is not None else 0.0)
         for task in self._tasks:
             task.cancel()
         await self._engine.stop()
@@ -226,6 +231,13 @@ class ReplicaService:
         await self._listener.stop()
         self._stages.kill()
         logger.info("%s: replica %s drained in %.1f s", self._args.app, self._replica_id, time.monotonic() - begin)
+
+
+def within(request: Asked, settings: ReplicaSettings | None) -> Asked:
+    """The request with no more time than the model's own limit leaves it."""
+    if settings is None or request.deadline_s <= settings.request_timeout_s:
+        return request
+    return msgspec.structs.replace(request, deadline_s=settings.request_timeout_s)
 
 
 def product_digest(args: ModelAppArgs) -> str:

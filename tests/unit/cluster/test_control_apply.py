@@ -10,7 +10,8 @@ from cluster.control.apply import apply_plan
 from cluster.control.report import LineReport
 from cluster.errors import ControlError
 from cluster.plan.types import Plan
-from tests.unit.cluster.test_plan_diff import plan
+from tests.unit.cluster.plan_examples import SMOLLM2
+from tests.unit.cluster.test_plan_diff import plan, twins
 
 
 class FakeServe:
@@ -120,6 +121,44 @@ def test_an_update_never_routes_to_what_does_not_run_and_never_removes_what_is_r
         ["gateway", "smollm2-v2"],
     ]
     assert serve.routes()[first:] == [["smollm2-v1"], ["smollm2-v2"], ["smollm2-v2"]]
+
+
+def test_two_updates_that_take_turns_keep_every_model_routed_to_what_runs(serve, apply):
+    apply(twins("v1", "2400MiB"))
+    first = len(serve.bodies)
+    apply(twins("v2", "2400MiB"))
+    old, new = ["smollm2-v1", "other-v1"], ["smollm2-v2", "other-v2"]
+    between = ["smollm2-v2", "other-v1"]
+    assert serve.routes()[first:] == [old, between, between, between, new, new]
+    assert [[name for name in names if name != "gateway"] for names in serve.names()[first:]] == [
+        sorted([*old, "smollm2-v2"]),
+        sorted([*old, "smollm2-v2"]),
+        sorted(between),
+        sorted([*between, "other-v2"]),
+        sorted([*between, "other-v2"]),
+        sorted(new),
+    ]
+
+
+def test_a_second_turn_that_fails_leaves_the_first_done(serve, apply):
+    apply(twins("v1", "2400MiB"))
+    serve.broken["other-v2"] = "RuntimeError: no"
+    with pytest.raises(ControlError, match="other-v2 failed to start"):
+        apply(twins("v2", "2400MiB"))
+    assert serve.names()[-1] == ["gateway", "other-v1", "smollm2-v2"]
+    assert serve.routes()[-1] == ["smollm2-v2", "other-v1"]
+    serve.broken.clear()
+    assert apply(twins("v2", "2400MiB")) == ["deploy_apps", "await_apps", "switch_routes", "remove_apps"]
+
+
+def test_new_bounds_are_told_without_touching_arguments_or_routes(serve, apply):
+    apply(plan())
+    before = serve.bodies[-1]["applications"]
+    assert apply(plan(models=SMOLLM2.replace("max: 2", "max: 5"))) == ["change_settings", "await_apps"]
+    after = serve.bodies[-1]["applications"]
+    assert after[0]["deployments"][0]["autoscaling_config"]["max_replicas"] == 5
+    assert [app["args"] for app in after] == [app["args"] for app in before]
+    assert after[1] == before[1]
 
 
 def test_without_room_the_old_version_goes_first_and_its_route_with_it(serve, apply):

@@ -102,7 +102,8 @@ def test_a_dashboard_that_is_busy_for_a_while_does_not_end_the_wait(monkeypatch)
 
 
 def test_what_stops_is_given_the_longest_drain_of_all():
-    apps = [{"args": {"drain_timeout_s": 60.0}}, {"args": {"drain_timeout_s": 900.0}}, {"args": {"cpus": 0.1}}]
+    draining = [{"deployments": [{"graceful_shutdown_timeout_s": seconds}]} for seconds in (60.0, 900.0)]
+    apps = [*draining, {"deployments": [{"name": "Gateway"}]}, {"args": {"cpus": 0.1}}]
     assert longest_drain_s(apps) == 900.0
     assert longest_drain_s([]) == 0.0
 

@@ -88,6 +88,85 @@ def test_quantization_and_kernels_restart_the_replicas(line):
     ]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "keys"),
+    [
+        ("max: 2", "max: 3", "replicas.max"),
+        (
+            "max: 2",
+            "max: 2, target_waiting_tokens: 9, upscale_delay: 9s",
+            "replicas.upscale_delay and replicas.target_",
+        ),
+        ("replicas", "timeouts: {request: 90s}\n    replicas", "timeouts.drain and timeouts.request"),
+        ("replicas", "timeouts: {drain: 90s}\n    replicas", "timeouts.drain"),
+    ],
+)
+def test_bounds_and_timeouts_change_in_place(old, new, keys):
+    wanted = plan(models=SMOLLM2.replace(old, new))
+    change, wait = diff(wanted, running(plan()))
+    assert (change.kind, change.apps) == ("change_settings", ("smollm2-v1",))
+    assert change.sentence.startswith(f"Change {keys}")
+    assert change.sentence.endswith(" of smollm2-v1 in place.")
+    assert (wait.kind, wait.apps) == ("await_apps", ("smollm2-v1",))
+    assert kinds(wanted, running(wanted)) == [("nothing",)]
+
+
+def test_no_room_for_two_versions_is_no_reason_to_stop_a_model_whose_bounds_change():
+    wanted = plan(models=SMOLLM2.replace("max: 2", "max: 3"), memory="1GiB")
+    assert not wanted.surge
+    assert kinds(wanted, running(plan(memory="1GiB")))[0] == ("change_settings", "smollm2-v1")
+
+
+def test_new_arguments_take_new_bounds_along():
+    both = SMOLLM2.replace("stages: 2", "stages: 3").replace("max: 2", "max: 3")
+    assert [kind for kind, *_ in kinds(plan(models=both), running(plan()))] == ["deploy_apps", "await_apps"]
+
+
+TWINS = SMOLLM2 + SMOLLM2.replace("smollm2", "other", 1).replace("source: wheel://llm-", "source: wheel://my-")
+
+
+def twins(version: str, memory: str, digest: str = "digest") -> Plan:
+    """Two models that need 733 MiB each."""
+    nodes = f"    - {{name: box, resources: {{CPU: 2, memory: {memory}}}}}\n"
+    versions = {name: known(version).model_copy(update={"name": name}) for name in ("smollm2", "other")}
+    return build_plan(config(TWINS, nodes), versions, digest)
+
+
+def test_two_new_versions_take_turns_where_there_is_room_for_one():
+    assert kinds(twins("v2", "2400MiB"), running(twins("v1", "2400MiB"))) == [
+        ("deploy_apps", "smollm2-v2"),
+        ("await_apps", "smollm2-v2"),
+        ("switch_routes",),
+        ("remove_apps", "smollm2-v1"),
+        ("deploy_apps", "other-v2"),
+        ("await_apps", "other-v2"),
+        ("switch_routes",),
+        ("remove_apps", "other-v1"),
+    ]
+
+
+def test_two_new_versions_go_together_where_there_is_room_for_both():
+    assert kinds(twins("v2", "4GiB"), running(twins("v1", "4GiB"))) == [
+        ("deploy_apps", "smollm2-v2", "other-v2"),
+        ("await_apps", "smollm2-v2", "other-v2"),
+        ("switch_routes",),
+        ("remove_apps", "smollm2-v1", "other-v1"),
+    ]
+
+
+def test_changed_code_replaces_one_model_after_the_other_where_there_is_room_for_one():
+    assert kinds(twins("v1", "2400MiB", digest="other"), running(twins("v1", "2400MiB"))) == [
+        ("deploy_apps", "smollm2-v1", "gateway"),
+        ("await_apps", "smollm2-v1", "gateway"),
+        ("deploy_apps", "other-v1"),
+        ("await_apps", "other-v1"),
+    ]
+
+
+def test_the_first_deployment_of_two_models_needs_no_turns():
+    assert kinds(twins("v1", "2400MiB"), STOPPED)[1] == ("deploy_apps", "smollm2-v1", "other-v1", "gateway")
+
+
 def test_changed_code_updates_everything():
     assert kinds(plan(digest="other"), running(plan())) == [
         ("deploy_apps", "smollm2-v1", "gateway"),
