@@ -13,6 +13,7 @@ from cluster.errors import ControlError
 _READ_TIMEOUT_S = 30.0
 _WRITE_TIMEOUT_S = 120.0
 """The first PUT starts Serve; a DELETE waits for replicas to drain."""
+_METRICS_TIMEOUT_S = 10.0
 _STATE_LIMIT = 10_000
 """Most entries that Ray's state API returns at once."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -81,6 +82,17 @@ class Dashboard:
         """All placement groups, removed ones too, each with ``placement_group_id``, ``name`` and ``state``."""
         path = f"/api/v0/placement_groups?detail=true&limit={_STATE_LIMIT}"
         return list(self._json("GET", path)["data"]["result"]["result"])
+
+    def metrics(self) -> str:
+        """What the nodes' agents export for Prometheus, as text; an agent that cannot be reached is left out."""
+        groups = self._json("GET", "/api/prometheus/sd")
+        texts = []
+        for target in sorted({target for group in groups for target in group["targets"]}):
+            try:
+                texts.append(self._session.get(f"http://{target}/metrics", timeout=_METRICS_TIMEOUT_S).text)
+            except requests.RequestException:
+                continue
+        return "".join(texts)
 
     def read_log(self, file: dict[str, str], num_lines: int) -> str:
         """The last ``num_lines`` lines of a log, as the agent of its node reads it.

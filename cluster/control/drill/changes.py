@@ -16,8 +16,8 @@ async def update(drill: Drill, phase: Phase) -> None:
 
 
 def _with_longer_drain(model: ModelConfig) -> ModelConfig:
-    timeouts = model.timeouts.model_copy(update={"drain": model.timeouts.drain + _LONGER_DRAIN_S})
-    return model.model_copy(update={"timeouts": timeouts})
+    drain_s = (model.timeouts.drain or model.timeouts.request) + _LONGER_DRAIN_S
+    return model.model_copy(update={"timeouts": model.timeouts.model_copy(update={"drain": drain_s})})
 
 
 async def scale_up(drill: Drill, phase: Phase) -> None:

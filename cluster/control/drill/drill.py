@@ -125,6 +125,7 @@ class Drill:
             num_failed=len(failures(outcomes)),
             num_changed=len(changed(outcomes, self.golden)) if phase.judged and self.comparable else None,
             pause=pause(outcomes, phase.hits),
+            parts=phase.parts,
             promises=tuple(phase.promises),
             notes=tuple(phase.notes),
         )

@@ -6,6 +6,7 @@ import psutil
 
 from cluster.control.drill.drill import Drill, in_thread
 from cluster.control.drill.judge import Promise
+from cluster.control.drill.parts import DETECT, Parts, added, describe_parts, noticed_at_once
 from cluster.control.drill.phase import NotPossible, Phase
 from cluster.control.drill.traffic import ticks
 from cluster.control.observe import ReplicaStatus
@@ -14,10 +15,12 @@ from cluster.errors import ControlError
 _MAX_KILLS = 5
 """A replica whose stages die more often within ten minutes gives up, as it should."""
 _AFTER_HEAD_S = 10.0
+_EXPORT_TIMEOUT_S = 30.0
 
 
 async def kill_stages(drill: Drill, phase: Phase) -> None:
     """``kill -9`` of every stage of one replica, one after the other."""
+    before = await in_thread(drill.site.recovery_parts)
     phase.traffic.start_lanes(drill.options.lanes)
     num_stages = len((await _first_replica(drill)).stages)
     if num_stages > _MAX_KILLS:
@@ -26,10 +29,14 @@ async def kill_stages(drill: Drill, phase: Phase) -> None:
         victim = await _stage_process(drill, index)
         await drill.strike(phase, f"kill -9 of stage {index} (pid {victim.pid})", [victim], psutil.Process.kill)
     await drill.enough(phase)
+    await _account(drill, phase, before)
+    if DETECT in phase.parts:
+        phase.promises.append(noticed_at_once(phase.parts[DETECT]))
 
 
 async def stop_stage(drill: Drill, phase: Phase) -> None:
     """``kill -STOP`` of the last stage: it lives, keeps its connections, and answers nothing."""
+    before = await in_thread(drill.site.recovery_parts)
     phase.traffic.start_lanes(drill.options.lanes)
     last = len((await _first_replica(drill)).stages) - 1
     victim = await _stage_process(drill, last)
@@ -40,6 +47,18 @@ async def stop_stage(drill: Drill, phase: Phase) -> None:
         if victim.is_running():
             victim.resume()
     await drill.enough(phase)
+    await _account(drill, phase, before)
+
+
+async def _account(drill: Drill, phase: Phase, before: Parts) -> None:
+    """Wait for the replicas' own account of as many recoveries as there were hits; it may never come."""
+    await phase.traffic.stop()
+    async for _ in ticks(_EXPORT_TIMEOUT_S, period_s=2.0):
+        phase.parts = added(before, await in_thread(drill.site.recovery_parts))
+        if DETECT in phase.parts and phase.parts[DETECT].count >= len(phase.hits):
+            phase.notes.append(f"a recovery by its parts: {describe_parts(phase.parts)}")
+            return
+    phase.notes.append("the replicas' own account of their recoveries did not come")
 
 
 async def _ended(victim: psutil.Process) -> Promise:

@@ -46,7 +46,7 @@ async def overload(drill: Drill, phase: Phase) -> None:
     share = goodput / peak_tokens
     detail = f"{goodput:.1f} of {peak_tokens:.1f} tokens/s, {share:.0%}"
     text = f"goodput is at least {_GOODPUT_SHARE:.0%} of its peak"
-    phase.promises.append(Promise(text=text, kept=share >= _GOODPUT_SHARE, detail=detail))
+    phase.promises.append(Promise(text=text, kept=share >= _GOODPUT_SHARE, detail=detail, shown=True))
     phase.promises += overload_promises(traffic.outcomes)
 
 

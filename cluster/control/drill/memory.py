@@ -51,7 +51,8 @@ class Memory:
         kept = seconds < _SHORTEST_S or all(value <= _FLAT_BYTES_PER_MINUTE for value in slopes.values())
         detail = ", ".join(f"{name} {value / 2**20:+.2f} MiB/min" for name, value in slopes.items())
         short = f" (too short a time to tell: {seconds:.0f} s)" if seconds < _SHORTEST_S else ""
-        return Promise(text="memory is flat", kept=kept, detail=(detail or "no process is on this machine") + short)
+        told = (detail or "no process is on this machine") + short
+        return Promise(text="memory is flat", kept=kept, detail=told, shown=True)
 
 
 def slope(times_s: Sequence[float], sizes: Sequence[int]) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.control.drill.judge import Hit, Pause, Promise
+from cluster.control.drill.parts import Parts
 from cluster.errors import ControlError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Phase:
     hits: list[Hit] = field(default_factory=list)
     promises: list[Promise] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    parts: Parts = field(default_factory=dict)
+    """Of the recoveries, by the replicas' own account."""
     judged: bool = True
     """Whether the usual promises hold for its requests; an overload has its own."""
 
@@ -69,6 +72,7 @@ class Result:
     num_changed: int | None = None
     """None where answers cannot be compared."""
     pause: Pause | None = None
+    parts: Parts = field(default_factory=dict)
     promises: tuple[Promise, ...] = ()
     notes: tuple[str, ...] = ()
 

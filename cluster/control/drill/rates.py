@@ -34,6 +34,7 @@ def overload_promises(outcomes: Sequence[Outcome]) -> list[Promise]:
             kept=not lost,
             detail=f"{len(outcomes) - len(refused) - len(lost)} answered, {len(refused)} refused, {len(lost)} lost"
             + (f": {examples}" if lost else ""),
+            shown=True,
         ),
         *_refusal_promises(refused),
     ]
@@ -47,7 +48,7 @@ def _refusal_promises(refused: Sequence[Outcome]) -> list[Promise]:
     without = sum(outcome.retry_after_s is None or outcome.retry_after_s < 1 for outcome in refused)
     detail = f"p50 {_ms(took[len(took) // 2])}, p99 {_ms(slowest)}, longest {_ms(took[-1])}"
     return [
-        Promise(text="refusals take under 100 ms (p99)", kept=slowest < _REFUSAL_LIMIT_S, detail=detail),
+        Promise(text="refusals take under 100 ms (p99)", kept=slowest < _REFUSAL_LIMIT_S, detail=detail, shown=True),
         Promise(text="refusals carry Retry-After", kept=not without, detail=f"{without} of {len(refused)} did not"),
     ]
 

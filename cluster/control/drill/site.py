@@ -24,6 +24,7 @@ from cluster.control.drill.leftovers import (
     extra_placement_groups,
     stray_processes,
 )
+from cluster.control.drill.parts import Parts, read_parts
 from cluster.control.local import LocalRay
 from cluster.control.observe import ModelStatus, ReplicaStatus, StageStatus, VersionStatus, cluster_status
 from cluster.control.provider import ray_of
@@ -147,6 +148,10 @@ class Site:
     def _apply(self, config: ClusterConfig, report: Report) -> None:
         self._current = config
         up(config, report, timeout_s=_UP_TIMEOUT_S)
+
+    def recovery_parts(self) -> Parts:
+        """How the model's replicas have recovered so far; as late as Ray exports it."""
+        return read_parts(self.dashboard().metrics(), self.model)
 
     def leftovers(self) -> list[str]:
         """Stages, placement groups and processes of Manta's that belong to no replica that Serve lists."""

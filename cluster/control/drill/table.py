@@ -8,15 +8,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster.control.drill.judge import Pause
+from cluster.control.drill.parts import DETECT
 from cluster.control.drill.phase import Result, Scenario
 
-_COLUMNS = ("scenario", "requests", "failed", "changed", "gap p50/max", "recover", "verdict")
+_COLUMNS = ("scenario", "asked", "failed", "changed", "gap p50/max s", "detect s", "recover s", "verdict")
 
 
 def results_view(results: Sequence[Result], notes: Sequence[str]) -> RenderableType:
     """The table, then every broken promise in full, then what a person should know."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name in ("scenario", "verdict") else "right")
     for result in results:
@@ -38,16 +38,17 @@ def scenarios_view(scenarios: Sequence[Scenario]) -> RenderableType:
 
 def _row(result: Result) -> tuple[str, ...]:
     if result.skipped is not None:
-        return (result.scenario, *[""] * 5, "skipped")
+        return (result.scenario, *[""] * 6, "skipped")
     changed = "-" if result.num_changed is None else str(result.num_changed)
     counts = (str(result.num_requests), str(result.num_failed), changed)
-    return (result.scenario, *counts, *_times(result.pause), "kept" if result.kept else "BROKEN")
+    return (result.scenario, *counts, *_times(result), "kept" if result.kept else "BROKEN")
 
 
-def _times(pause: Pause | None) -> tuple[str, str]:
-    if pause is None:
-        return "", ""
-    return f"{pause.p50_s:.2f}/{pause.max_s:.2f} s", f"{pause.recover_s:.1f} s"
+def _times(result: Result) -> tuple[str, str, str]:
+    detect = f"{result.parts[DETECT].mean_s:.2f}" if DETECT in result.parts else ""
+    if result.pause is None:
+        return "", detect, ""
+    return f"{result.pause.p50_s:.1f}/{result.pause.max_s:.1f}", detect, f"{result.pause.recover_s:.1f}"
 
 
 def _broken_lines(result: Result) -> list[str]:
@@ -81,6 +82,7 @@ def _result_json(result: Result) -> dict[str, Any]:
         "num_changed": result.num_changed,
         "gap_p50_s": None if pause is None else pause.p50_s,
         "gap_max_s": None if pause is None else pause.max_s,
+        "parts_s": {name: part.mean_s for name, part in result.parts.items()},
         "recover_s": None if pause is None else pause.recover_s,
         "promises": [{"text": each.text, "kept": each.kept, "detail": each.detail} for each in result.promises],
         "notes": list(result.notes),

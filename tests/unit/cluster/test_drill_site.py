@@ -4,17 +4,23 @@ import os
 
 import psutil
 import pytest
+from rich.console import Console
 
 from cluster.cli import main
 from cluster.config.load import load_config
 from cluster.control.drill.drill import comparable, with_replicas
 from cluster.control.drill.idle import is_idle
+from cluster.control.drill.judge import Pause, Promise
 from cluster.control.drill.leftovers import extra_actors, extra_placement_groups, stray_processes
 from cluster.control.drill.memory import Memory, slope
+from cluster.control.drill.parts import Part, added, describe_parts, noticed_at_once, read_parts
+from cluster.control.drill.phase import Result
 from cluster.control.drill.site import Site
+from cluster.control.drill.table import results_json, results_view
 from cluster.control.observe import StageStatus
+from cluster.control.ports import unused_ports
 from cluster.errors import ControlError, UsageError
-from tests.unit.cluster.recorded_dashboard import recorded
+from tests.unit.cluster.recorded_dashboard import RecordedDashboard, recorded
 
 YAML = """\
 name: test
@@ -183,3 +189,75 @@ def test_the_list_names_every_scenario_in_80_columns(capsys) -> None:
     for name in ("kill-stage", "stop-stage", "kill-all", "update", "overload", "disconnect", "head", "soak"):
         assert name in shown
     assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+EXPORTED = """\
+# HELP ray_manta_recovery_seconds Recovery from lost stages, by part.
+ray_manta_recovery_seconds_bucket{WorkerId="a",le="0.5",model="writer",part="detect"} 1.0
+ray_manta_recovery_seconds_bucket{WorkerId="a",le="1.0",model="writer",part="detect"} 2.0
+ray_manta_recovery_seconds_bucket{WorkerId="a",le="+Inf",model="writer",part="detect"} 3.0
+ray_manta_recovery_seconds_count{WorkerId="a",model="writer",part="detect"} 3.0
+ray_manta_recovery_seconds_sum{WorkerId="a",model="writer",part="detect"} 4.5
+ray_manta_recovery_seconds_count{WorkerId="b",model="writer",part="detect"} 1.0
+ray_manta_recovery_seconds_sum{WorkerId="b",model="writer",part="detect"} 0.5
+ray_manta_recovery_seconds_bucket{WorkerId="b",le="1.0",model="writer",part="detect"} 1.0
+ray_manta_recovery_seconds_count{WorkerId="a",model="writer",part="spawn"} 2.0
+ray_manta_recovery_seconds_sum{WorkerId="a",model="writer",part="spawn"} 6.0
+ray_manta_recovery_seconds_sum{WorkerId="c",model="other",part="spawn"} 600.0
+ray_manta_steps_total{model="writer"} 7.0
+"""
+
+
+def test_the_replicas_account_is_summed_over_processes_and_told_by_its_parts() -> None:
+    parts = read_parts(EXPORTED, "writer")
+    assert parts == {
+        "detect": Part(count=4.0, seconds=5.0, num_fast=3.0),
+        "spawn": Part(count=2.0, seconds=6.0, num_fast=0.0),
+    }
+    assert describe_parts(parts) == "detect 1.25 s, spawn 3.00 s"
+    assert not noticed_at_once(parts["detect"]).kept
+    before = {"detect": Part(count=3.0, seconds=4.9, num_fast=2.0), "spawn": parts["spawn"]}
+    since = added(before, parts)
+    assert since.keys() == {"detect"}
+    assert since["detect"].mean_s == pytest.approx(0.1)
+    assert noticed_at_once(since["detect"]).kept
+
+
+def test_metrics_of_agents_that_cannot_be_reached_are_left_out() -> None:
+    (port,) = unused_ports(1)
+    with RecordedDashboard({"/metrics": ["ray_manta_steps_total 1.0\n"]}) as agent:
+        targets = [{"targets": [agent.url.removeprefix("http://"), f"127.0.0.1:{port}"], "labels": {}}]
+        with RecordedDashboard({"/api/prometheus/sd": [targets]}) as dashboard:
+            assert dashboard.metrics() == "ray_manta_steps_total 1.0\n"
+
+
+def test_results_fit_80_columns_and_say_what_was_broken(capsys) -> None:
+    times = Pause(p50_s=123.4, max_s=234.56, recover_s=345.67)
+    parts = {"detect": Part(count=2, seconds=12.0)}
+    broken = Promise(
+        text="every request is answered", kept=False, detail="3 of 99999 failed: chat: error, " + "x" * 90
+    )
+    told = Promise(text="goodput is at least 90% of its peak", kept=True, detail="97 of 100 tokens/s", shown=True)
+    results = [
+        Result(scenario="kill-replica", num_requests=9999, num_failed=3, num_changed=9999, pause=times, parts=parts),
+        Result(scenario="overload", num_requests=9, num_failed=3, promises=(broken, told), notes=("a note",)),
+        Result(scenario="head", skipped="nothing is persisted"),
+    ]
+    Console(width=80).print(results_view(results, ["answers are compared"]))
+    shown = capsys.readouterr().out
+    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert "123.4/234.6" in shown
+    for text in (
+        "kept",
+        "BROKEN",
+        "3 of 99999 failed",
+        "97 of 100",
+        "a note",
+        "nothing is persisted",
+        "are compared",
+    ):
+        assert text in shown
+    found = results_json(results, [], "writer")
+    assert [each["verdict"] for each in found["scenarios"]] == ["kept", "broken", "skipped"]
+    assert found["kept"] is False
+    assert found["scenarios"][0]["parts_s"] == {"detect": 6.0}
