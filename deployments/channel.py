@@ -17,7 +17,7 @@ import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
-from typing import Self
+from typing import Self, cast
 
 from deployments.frames import Buffer, CorruptFrame, decode, encode, measure
 from deployments.messages import AnyMessage
@@ -79,12 +79,11 @@ class _Wire(asyncio.BufferedProtocol):
     # --- called by the transport ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         raw: socket.socket | None = transport.get_extra_info("socket")
         if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        transport.set_write_buffer_limits(high=_SOCKET_BUFFER_BYTES)
+        self.transport.set_write_buffer_limits(high=_SOCKET_BUFFER_BYTES)
         if self._on_connect is not None:
             self._on_connect(self)
 

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import struct
 import zlib
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -159,3 +161,23 @@ async def test_a_damaged_or_truncated_frame_is_refused(wire: bytes) -> None:
 async def test_a_frame_above_the_limit_is_refused_before_it_is_sent() -> None:
     with pytest.raises(ValueError, match="exceeds the frame limit"):
         encode(Hidden(step=0, num_tokens=1, hidden_size=1, dtype="float32"), [memoryview(bytearray(MAX_FRAME_BYTES))])
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        test_messages_and_buffers_arrive_unchanged_and_in_order,
+        test_the_wrong_secret_is_turned_away_and_disturbs_nobody,
+        test_a_listener_that_stops_ends_the_handshakes_under_way,
+        test_a_peer_that_dies_is_closed_at_once,
+        test_a_silent_peer_is_a_timeout_and_ends_the_connection,
+        lambda: test_a_damaged_or_truncated_frame_is_refused(bytes(frame(b"hidden"))[:-3]),
+        lambda: test_a_flipped_bit_anywhere_is_refused_at_once_while_the_connection_stays_open(3),
+    ],
+)
+def test_the_same_on_the_event_loop_that_ray_gives_its_actors(
+    scenario: Callable[[], Coroutine[Any, Any, None]],
+) -> None:
+    uvloop = pytest.importorskip("uvloop")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario())
