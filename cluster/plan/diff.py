@@ -317,8 +317,8 @@ def changed_settings(wanted: ServeApp, deployed: ServeApp) -> tuple[str, ...]:
 def _options(app: ServeApp) -> dict[str, Any]:
     """The options of the one deployment of a model's application, without the sections they stand in."""
     options: dict[str, Any] = dict(next(iter(app.get("deployments", [])), {}))
-    sections = options.pop("autoscaling_config", {}) | options.pop("user_config", {})
-    return options | sections
+    scaling, settings = options.pop("autoscaling_config", {}), options.pop("user_config", {})
+    return {**options, **scaling, **settings}
 
 
 def _routing_of(gateway: ObservedApp | None) -> dict[str, Any] | None:

@@ -22,11 +22,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from cluster.config.models import Kernels
 from deployments.messages import SequenceStep, StepInput
-from deployments.runtime.model import DTYPES, StageSlice
 from deployments.runtime.quantize import Quantization
-from deployments.runtime.runner import RunnerConfig, StageRunner
+from deployments.runtime.runner import StageRunner
+from deployments.runtime.settings import DTYPES, Kernels, RunnerConfig, StageSlice
 from deployments.runtime.support import UnsupportedModelError
 
 _BLOCK_TOKENS = 16
@@ -125,6 +124,7 @@ def load_whole(
             block_tokens=_BLOCK_TOKENS,
             quantization=quantization,
             kernels=kernels,
+            num_threads=torch.get_num_threads(),
         )
     )
 
