@@ -83,13 +83,34 @@ class TokenPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
-    """A conversation, rendered by the model's own chat template; OpenAI's message shape, content as text."""
+    """A conversation, rendered by the model's own chat template; OpenAI's message shape, content as text.
+
+    ``tools`` are those that the template is to show, each as JSON text in OpenAI's shape.
+    """
 
     messages: tuple[dict[str, Any], ...]
     add_generation_prompt: bool = True
+    tools: tuple[str, ...] = ()
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+ToolFormat = Literal["hermes", "llama3_json", "mistral"]
+"""How a model writes calls of tools: ``<tool_call>{...}</tool_call>``, bare ``{"name", "parameters"}``, or after
+``[TOOL_CALLS]``."""
+
+
+class ToolUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the tools of a chat prompt may be called.
+
+    With ``required`` the answer is a call, of ``name`` where that is given; ``parallel`` allows several. Arguments
+    of the tools in ``strict`` always fit their schema.
+    """
+
+    required: bool = False
+    name: str | None = None
+    parallel: bool = True
+    strict: tuple[str, ...] = ()
 
 
 class EmittedChoice(msgspec.Struct, frozen=True, array_like=True):
@@ -108,6 +129,9 @@ class Generate(Message, frozen=True, kw_only=True):
 
     ``emitted`` has one entry per choice when the request was begun on another replica, whose client has these tokens
     already; ``sampling.seed`` is then the seed that the other replica told in Started. The streams go on after them.
+
+    ``tools`` says how those of a chat prompt may be called; None where they may not be. A ``sampling.grammar`` holds
+    for answers that call none.
     """
 
     request_id: str
@@ -116,6 +140,7 @@ class Generate(Message, frozen=True, kw_only=True):
     max_tokens: int | None
     deadline_s: float
     emitted: tuple[EmittedChoice, ...] | None = None
+    tools: ToolUse | None = None
 
 
 class Embed(Message, frozen=True, kw_only=True):
@@ -147,12 +172,16 @@ class Cancel(Message, frozen=True, kw_only=True):
 
 
 class Started(Message, frozen=True, kw_only=True):
-    """The request was admitted; ``seed`` is the one in force, so that the request can be replayed elsewhere."""
+    """The request was admitted; ``seed`` is the one in force, so that the request can be replayed elsewhere.
+
+    ``tool_format`` is how this model writes calls, where the request allows them.
+    """
 
     request_id: str
     num_prompt_tokens: int
     num_cached_tokens: int
     seed: int
+    tool_format: ToolFormat | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

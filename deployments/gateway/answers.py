@@ -59,12 +59,31 @@ class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     text_offset: list[int]
 
 
+AnswerFinishReason = FinishReason | Literal["tool_calls"]
+
+
+class Function(msgspec.Struct, frozen=True, kw_only=True):
+    """What is called; ``arguments`` are JSON as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """One call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
 class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The model's turn."""
+    """The model's turn; ``content`` is null when it only calls tools."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +92,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: AnswerFinishReason
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,11 +128,28 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
 
 
-class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """More of the model's turn; ``role`` comes with the first piece."""
+class FunctionDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """More of a call; ``name`` comes with the first piece."""
 
-    content: str
+    arguments: str
+    name: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """More of the ``index``-th call; ``id`` and ``type`` come with the first piece."""
+
+    index: int
+    function: FunctionDelta
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
+class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """More of the model's turn; ``role`` comes with the first piece, ``tool_calls`` where there is more of one."""
+
+    content: str | None
     role: Literal["assistant"] | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +158,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: AnswerFinishReason | None
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cluster.plan.types import GatewaySettings
 from deployments.gateway.errors import CLIENT_GONE_STATUS, ApiError, as_api_error
 from deployments.gateway.telemetry import Telemetry
-from deployments.messages import Delta, Started
+from deployments.messages import Delta, Started, ToolFormat
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class Call:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
+    tool_format: ToolFormat | None = None
+    """How the model writes calls of tools, once it has started."""
 
     @property
     def deadline(self) -> float:
@@ -52,9 +54,10 @@ class Call:
         return f"{own}-{index}"
 
     def note_started(self, started: Started) -> None:
-        """Count the prompt."""
+        """Count the prompt, and note how calls will be written."""
         self.num_prompt_tokens += started.num_prompt_tokens
         self.num_cached_tokens += started.num_cached_tokens
+        self.tool_format = started.tool_format
 
     def note_delta(self, delta: Delta) -> None:
         """Count generated tokens; the first is an event of its own."""

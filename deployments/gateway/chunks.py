@@ -23,9 +23,13 @@ _LINE_BREAKS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe
 def encode_text(text: str) -> bytes:
     """``text`` as a JSON string that holds nothing any client could take for the end of a line."""
     encoded = _encode(text)
-    if not text.isascii():
-        for raw, escaped in _LINE_BREAKS:
-            encoded = encoded.replace(raw, escaped)
+    return encoded if text.isascii() else escape_line_breaks(encoded)
+
+
+def escape_line_breaks(encoded: bytes) -> bytes:
+    """JSON without anything a client could take for the end of a line."""
+    for raw, escaped in _LINE_BREAKS:
+        encoded = encoded.replace(raw, escaped)
     return encoded
 
 
@@ -43,7 +47,7 @@ class ChunkEncoder:
         self._chat = dialect == "chat"
         self._n = n
         self._wants_logprobs = wants_logprobs
-        self._head = _head(dialect, identity)
+        self._head = chunk_head(dialect, identity)
         heads = [self._head + b'"choices":[{"index":%d,' % index for index in range(num_choices)]
         first, later = (b'"delta":{"role":"assistant","content":', b'"delta":{"content":')
         if not self._chat:
@@ -95,7 +99,8 @@ class ChunkEncoder:
         return _encode(block)
 
 
-def _head(dialect: Dialect, identity: Identity) -> bytes:
+def chunk_head(dialect: Dialect, identity: Identity) -> bytes:
+    """The beginning of every event of one request, up to its choices."""
     fields = {
         "id": identity.id,
         "object": "chat.completion.chunk" if dialect == "chat" else "text_completion",

@@ -15,6 +15,7 @@ from deployments.gateway.answers import (
 )
 from deployments.gateway.errors import ApiError
 from deployments.gateway.merge import Batch
+from deployments.gateway.tool_calls import CallingChoices, assistant_message
 from deployments.messages import ChosenLogprob, FinishReason
 
 Dialect = Literal["chat", "completion"]
@@ -53,17 +54,9 @@ class Collector:
             choice.logprobs.extend(delta.logprobs)
             choice.finish_reason = delta.finish_reason or choice.finish_reason
 
-    def chat(self, identity: Identity, usage: Usage) -> ChatCompletion:
-        """All of it as a chat completion."""
-        choices = [
-            ChatChoice(
-                index=index,
-                message=AssistantMessage(role="assistant", content="".join(choice.texts)),
-                logprobs=chat_logprobs(choice.logprobs) if self._wants_logprobs else None,
-                finish_reason=_finish_reason(choice),
-            )
-            for index, choice in enumerate(self._choices)
-        ]
+    def chat(self, identity: Identity, usage: Usage, calling: CallingChoices | None = None) -> ChatCompletion:
+        """All of it as a chat completion; ``calling`` finds the calls, where tools may be called."""
+        choices = [self._chat_choice(index, choice, calling) for index, choice in enumerate(self._choices)]
         return ChatCompletion(
             id=identity.id,
             object="chat.completion",
@@ -72,6 +65,17 @@ class Collector:
             system_fingerprint=identity.system_fingerprint,
             choices=choices,
             usage=usage,
+        )
+
+    def _chat_choice(self, index: int, choice: _Choice, calling: CallingChoices | None) -> ChatChoice:
+        text, reason = "".join(choice.texts), _finish_reason(choice)
+        logprobs = chat_logprobs(choice.logprobs) if self._wants_logprobs else None
+        if calling is None:
+            message = AssistantMessage(role="assistant", content=text)
+            return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=reason)
+        message = assistant_message(text, calling[index])
+        return ChatChoice(
+            index=index, message=message, logprobs=logprobs, finish_reason=calling[index].finish_reason(reason)
         )
 
     def completion(self, identity: Identity, usage: Usage) -> Completion:

@@ -1,6 +1,8 @@
 """Types of request fields that OpenAI writes in several shapes: each enters in any of them and leaves in one."""
 
 import re
+from collections.abc import Iterable
+from functools import cache
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -19,6 +21,8 @@ MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_CHARACTERS = 1024
 MAX_INPUTS = 2048
+MAX_JSON_DEPTH = 64
+FUNCTION_NAME = "^[a-zA-Z0-9_-]{1,64}$"
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
 
@@ -46,7 +50,7 @@ class Body(BaseModel):
     @classmethod
     def _is_known(cls, name: str, value: Any) -> bool:
         """Whether the field is to be validated; raises for one that nobody may give, at the first of them."""
-        if name in cls.model_fields:
+        if name in _names(cls):
             return True
         if name not in cls.unsupported:
             raise PydanticCustomError("unknown_parameter", "no such parameter", {"at": name})
@@ -54,6 +58,31 @@ class Body(BaseModel):
         if value is None or any(type(value) is type(other) and value == other for other in neutral):
             return False
         raise PydanticCustomError("unsupported_parameter", "not supported here; leave it out", {"at": name})
+
+
+@cache
+def _names(model: type[Body]) -> frozenset[str]:
+    """The fields of ``model`` as clients write them."""
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
+
+
+def check_json_object(value: Any) -> dict[str, Any]:
+    """``value`` when it is a JSON object of bounded depth, so that writing and reading it again cannot fail."""
+    if not isinstance(value, dict):
+        raise _wrong_type("", "an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [item for outer in level for item in _members(outer)]
+        if not level:
+            return value
+    context = {"at": "", "limit": MAX_JSON_DEPTH}
+    raise PydanticCustomError("invalid_value", "nested more than {limit} levels deep", context)
+
+
+def _members(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _one_to_list(value: Any) -> list[Any]:
@@ -163,6 +192,8 @@ _BIASES_SCHEMA = {
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
 }
 
+FunctionName = Annotated[str, Field(pattern=FUNCTION_NAME)]
+JsonObject = Annotated[dict[str, Any], PlainValidator(check_json_object), WithJsonSchema({"type": "object"})]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Inputs = Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_check_inputs), WithJsonSchema(_INPUTS_SCHEMA)]
 LogitBias = Annotated[dict[int, float], PlainValidator(_check_biases), WithJsonSchema(_BIASES_SCHEMA)]

@@ -54,7 +54,9 @@ from deployments.gateway.openapi import (
     TOKENIZE,
     Documented,
 )
-from deployments.gateway.sse import StreamingAnswer, while_connected
+from deployments.gateway.sse import EventEncoder, StreamingAnswer, while_connected
+from deployments.gateway.tool_calls import CallingChoices
+from deployments.gateway.tool_chunks import CallingChunkEncoder
 from deployments.gateway.translate import (
     Generation,
     chat_generation,
@@ -173,29 +175,41 @@ class Endpoints:
     ) -> Response:
         identity = _identity(call, generation.route, dialect)
         streams = MergedStreams(self._backend, generation.requests, call, self._heartbeat_s)
+        names = generation.tool_names
+        calling = None if names is None else CallingChoices(lambda: call.tool_format, names)
         if not body.stream:
-            return await while_connected(_whole(streams, generation, call, identity, dialect), request.receive)
-        encoder = ChunkEncoder(
-            dialect,
-            identity,
-            generation.num_choices,
-            generation.n,
-            wants_logprobs=generation.wants_logprobs,
-            usage=body.include_usage,
-        )
+            work = _whole(streams, generation, call, identity, dialect, calling)
+            return await while_connected(work, request.receive)
+        encoder = _encoder(generation, identity, dialect, calling, usage=body.include_usage)
         return StreamingAnswer(streams, encoder, call, include_usage=body.include_usage)
 
 
+def _encoder(
+    generation: Generation, identity: Identity, dialect: Dialect, calling: CallingChoices | None, *, usage: bool
+) -> EventEncoder:
+    wants_logprobs = generation.wants_logprobs
+    if calling is not None:
+        return CallingChunkEncoder(identity, calling, wants_logprobs=wants_logprobs, usage=usage)
+    num_choices, n = generation.num_choices, generation.n
+    return ChunkEncoder(dialect, identity, num_choices, n, wants_logprobs=wants_logprobs, usage=usage)
+
+
 async def _whole(
-    streams: MergedStreams, generation: Generation, call: Call, identity: Identity, dialect: Dialect
+    streams: MergedStreams,
+    generation: Generation,
+    call: Call,
+    identity: Identity,
+    dialect: Dialect,
+    calling: CallingChoices | None,
 ) -> Response:
     """Everything the streams bring, as one answer."""
     collector = Collector(generation.num_choices, generation.n, generation.wants_logprobs)
     async with asyncio.timeout_at(call.deadline), streams:
         async for batch in streams:
             collector.add(batch)
-    answer = collector.chat if dialect == "chat" else collector.completion
-    return _json(answer(identity, streams.usage))
+    if dialect == "chat":
+        return _json(collector.chat(identity, streams.usage, calling))
+    return _json(collector.completion(identity, streams.usage))
 
 
 def _identity(call: Call, route: Route, dialect: Dialect) -> Identity:

@@ -33,6 +33,7 @@ _CODES = {
     "too_long": "array_above_max_length",
     "string_too_short": "empty_string",
     "string_too_long": "string_above_max_length",
+    "string_pattern_mismatch": "invalid_value",
 }
 
 
@@ -92,6 +93,8 @@ def _broken_rule(name: str, context: Mapping[str, Any], value: str) -> str:
             return "expected a finite number"
         case "too_long":
             return f"expected at most {context['max_length']} items, got {context['actual_length']}"
+        case "string_pattern_mismatch":
+            return f"expected text that matches {context['pattern']}, got {value}"
         case "string_too_long":
             return f"expected at most {context['max_length']} characters"
     return "expected at least one item" if name == "too_short" else "expected some text, got an empty string"

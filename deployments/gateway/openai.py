@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from deployments.gateway.conversation import Messages
 from deployments.gateway.fields import (
     MAX_STOP_TOKEN_IDS,
     Body,
@@ -12,8 +13,10 @@ from deployments.gateway.fields import (
     LogitBias,
     StopStrings,
     TokenId,
-    content_parts,
 )
+from deployments.gateway.structured import ResponseFormat, StructuredOutputs
+from deployments.gateway.tools import AnyToolChoice, ToolChoice, Tools, check_tools
+from deployments.messages import Grammar
 
 _ANY: tuple[Any, ...] = ()
 _FALSE: tuple[Any, ...] = (False,)
@@ -26,63 +29,16 @@ _CHAT_UNSUPPORTED: dict[str, tuple[Any, ...]] = _GENERATION_UNSUPPORTED | {
     "metadata": _ANY,
     "modalities": (["text"],),
     "moderation": _ANY,
-    "parallel_tool_calls": _ANY,
     "prediction": _ANY,
     "prompt_cache_key": _ANY,
     "prompt_cache_options": _ANY,
     "prompt_cache_retention": _ANY,
     "reasoning_effort": _ANY,
-    "response_format": ({"type": "text"},),
     "safety_identifier": _ANY,
     "store": _FALSE,
-    "tool_choice": ("none",),
-    "tools": _ANY,
     "verbosity": _ANY,
     "web_search_options": _ANY,
 }
-
-
-class TextPart(Body):
-    """One part of a message's content; text is the only kind these models read."""
-
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, data: Any) -> Any:
-        """Name the kind of part before the fields that come with it."""
-        if isinstance(data, dict) and data.get("type", "text") != "text":
-            context = {"at": "type"}
-            raise PydanticCustomError("unsupported_value", "this model reads only parts of type 'text'", context)
-        return data
-
-
-class ChatMessage(Body):
-    """One turn of a conversation."""
-
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "annotations": ([],),
-        "audio": _ANY,
-        "function_call": _ANY,
-        "name": _ANY,
-        "refusal": _ANY,
-        "tool_call_id": _ANY,
-        "tool_calls": _ANY,
-    }
-
-    role: Literal["system", "developer", "user", "assistant"]
-    """``developer`` is read as ``system``, which is what chat templates know."""
-    content: Annotated[list[TextPart], Field(min_length=1, fail_fast=True), *content_parts(TextPart)]
-    """Text, or a list of text parts, which are joined without a separator."""
-
-    @property
-    def text(self) -> str:
-        """The whole content."""
-        return "".join(part.text for part in self.content)
-
-
-Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
 class StreamOptions(Body):
@@ -138,6 +94,10 @@ class GenerationRequest(ModelRequest):
     """No end of text before this many tokens; default 0."""
     ignore_eos: bool | None = None
     """Go on to ``max_tokens`` whatever the model says; default false."""
+    response_format: ResponseFormat | None = None
+    """JSON instead of free text; the answer fits it, unless ``max_tokens`` or ``stop`` cut it off."""
+    structured_outputs: StructuredOutputs | None = None
+    """A JSON schema, regular expression, list of texts or grammar that the answer fits; vLLM's name for it."""
     stream: bool | None = None
     """Send the answer in pieces, as server-sent events."""
     stream_options: StreamOptions | None = None
@@ -152,6 +112,21 @@ class GenerationRequest(ModelRequest):
             raise PydanticCustomError("conflicting_parameters", "only allowed when 'stream' is true", context)
         return self
 
+    @model_validator(mode="after")
+    def _one_format(self) -> "GenerationRequest":
+        has_format = self.response_format is not None and self.response_format.type != "text"
+        if self.structured_outputs is not None and has_format:
+            text = "cannot be combined with 'response_format'"
+            raise PydanticCustomError("conflicting_parameters", text, {"at": "structured_outputs"})
+        return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must look like; None for free text."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.constraint()
+        return self.response_format.grammar() if self.response_format is not None else None
+
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
@@ -165,6 +140,12 @@ class ChatCompletionRequest(GenerationRequest):
 
     messages: Messages
     """The conversation so far, rendered by the model's own chat template."""
+    tools: Tools | None = None
+    """Functions that the model may call, if its chat template knows tools."""
+    tool_choice: AnyToolChoice | None = None
+    """``none``, ``auto`` (the default), ``required``, or the one function to call; the last two are enforced."""
+    parallel_tool_calls: bool | None = None
+    """False: at most one call in an answer; default true."""
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     """OpenAI's newer name of ``max_tokens``; absent: as many as the context holds."""
     logprobs: bool | None = None
@@ -182,7 +163,21 @@ class ChatCompletionRequest(GenerationRequest):
         if self.top_logprobs is not None and not self.logprobs:
             context = {"at": "top_logprobs"}
             raise PydanticCustomError("conflicting_parameters", "only allowed when 'logprobs' is true", context)
+        check_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if self.may_call and self.structured_outputs is not None:
+            text = "cannot be combined with 'tools', unless 'tool_choice' is 'none'"
+            raise PydanticCustomError("conflicting_parameters", text, {"at": "structured_outputs"})
         return self
+
+    @property
+    def choice(self) -> ToolChoice:
+        """Which tools the model may call."""
+        return self.tool_choice or ToolChoice(mode="auto" if self.tools else "none")
+
+    @property
+    def may_call(self) -> bool:
+        """Whether there are tools, and the model may call one."""
+        return self.tools is not None and self.choice.mode != "none"
 
 
 class CompletionRequest(GenerationRequest):
@@ -231,13 +226,14 @@ class TokenizeRequest(ModelRequest):
         "chat_template": _ANY,
         "chat_template_kwargs": _ANY,
         "continue_final_message": _FALSE,
-        "tools": _ANY,
     }
 
     prompt: str | None = None
     """Text to tokenize."""
     messages: Messages | None = None
     """Conversation to render with the model's chat template and tokenize."""
+    tools: Tools | None = None
+    """Only with ``messages``: tools that the chat template shows to the model."""
     add_special_tokens: bool | None = None
     """Add the tokenizer's own special tokens to ``prompt``; default true."""
     add_generation_prompt: bool | None = None
@@ -250,11 +246,11 @@ class TokenizeRequest(ModelRequest):
         if (self.prompt is None) == (self.messages is None):
             code = "missing_required_parameter" if self.prompt is None else "conflicting_parameters"
             raise PydanticCustomError(code, "give either 'prompt' or 'messages'", {"at": "prompt"})
-        misplaced = "add_special_tokens" if self.messages is not None else "add_generation_prompt"
-        if getattr(self, misplaced) is not None:
-            other = "prompt" if self.prompt is None else "messages"
-            context = {"at": misplaced, "other": other}
-            raise PydanticCustomError("conflicting_parameters", "only allowed with '{other}'", context)
+        fields = {"add_special_tokens": "prompt", "add_generation_prompt": "messages", "tools": "messages"}
+        for misplaced, other in fields.items():
+            if getattr(self, misplaced) is not None and getattr(self, other) is None:
+                context = {"at": misplaced, "other": other}
+                raise PydanticCustomError("conflicting_parameters", "only allowed with '{other}'", context)
         return self
 
 

@@ -2,15 +2,16 @@
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from deployments.gateway.answers import Usage
 from deployments.gateway.call import Call
-from deployments.gateway.chunks import DONE, HEARTBEAT, ChunkEncoder, error_event
+from deployments.gateway.chunks import DONE, HEARTBEAT, error_event
 from deployments.gateway.errors import ClientGone
-from deployments.gateway.merge import MergedStreams
+from deployments.gateway.merge import Batch, MergedStreams
 
 HEARTBEAT_S = 10.0
 ERROR_SEND_TIMEOUT_S = 5.0
@@ -47,6 +48,16 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+class EventEncoder(Protocol):
+    """Turns batches of deltas into events."""
+
+    def encode(self, batch: Batch) -> bytes:
+        """Events of a batch; may be none."""
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event that tells what the request has used."""
+
+
 class StreamingAnswer(Response):
     """Sends the events of one request.
 
@@ -55,7 +66,7 @@ class StreamingAnswer(Response):
     from the first comment on the status is out.
     """
 
-    def __init__(self, streams: MergedStreams, encoder: ChunkEncoder, call: Call, *, include_usage: bool) -> None:
+    def __init__(self, streams: MergedStreams, encoder: EventEncoder, call: Call, *, include_usage: bool) -> None:
         super().__init__()
         self._streams = streams
         self._encoder = encoder

@@ -1,22 +1,26 @@
 """Checked requests in, messages for the backend out; what this model or these settings forbid is refused here."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from cluster.plan.types import GatewaySettings, Route, Task
 from deployments.gateway.backend import Backend
 from deployments.gateway.body import printable
 from deployments.gateway.call import Call
+from deployments.gateway.conversation import ChatMessage
 from deployments.gateway.errors import ApiError
 from deployments.gateway.openai import (
     ChatCompletionRequest,
-    ChatMessage,
     CompletionRequest,
     EmbeddingRequest,
     GenerationRequest,
     TokenizeRequest,
 )
+from deployments.gateway.tools import Tool
 from deployments.messages import (
     ChatPrompt,
     Embed,
@@ -26,6 +30,7 @@ from deployments.messages import (
     TextPrompt,
     Tokenize,
     TokenPrompt,
+    ToolUse,
 )
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -61,6 +66,8 @@ class Generation:
     requests: tuple[Generate, ...]
     n: int
     wants_logprobs: bool
+    tool_names: frozenset[str] | None = None
+    """Tools that may be called; None where none may be."""
 
     @property
     def num_choices(self) -> int:
@@ -90,7 +97,13 @@ def chat_generation(request: ChatCompletionRequest, route: Route, call: Call) ->
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
     _check_at_most("top_logprobs", num_logprobs or 0, call.settings.max_logprobs)
     sampling = _sampling(request, max_tokens, limit_name, num_logprobs, route, call.settings)
-    return _generation([_chat_prompt(request.messages)], sampling, max_tokens, route, call)
+    tools = request.tools if request.may_call else None
+    generation = _generation([_chat_prompt(request.messages, tools)], sampling, max_tokens, route, call)
+    if tools is None:
+        return generation
+    requests = tuple(replace(one, tools=_tool_use(request, tools)) for one in generation.requests)
+    names = frozenset(tool.function.name for tool in tools)
+    return dataclasses.replace(generation, requests=requests, tool_names=names)
 
 
 def completion_generation(request: CompletionRequest, route: Route, call: Call) -> Generation:
@@ -111,7 +124,7 @@ def tokenize_message(request: TokenizeRequest, call: Call) -> Tokenize:
     """Text or conversation of a tokenize request."""
     prompt: Prompt
     if request.messages is not None:
-        prompt = _chat_prompt(request.messages, request.add_generation_prompt is not False)
+        prompt = _chat_prompt(request.messages, request.tools, request.add_generation_prompt is not False)
     else:
         prompt = TextPrompt(text=request.prompt or "", add_special_tokens=request.add_special_tokens is not False)
     return Tokenize(request_id=call.backend_id(), prompt=prompt)
@@ -163,6 +176,7 @@ def _sampling(
         stop=stop,
         stop_token_ids=tuple(request.stop_token_ids or ()),
         logprobs=num_logprobs,
+        grammar=request.grammar,
         **known,
     )
 
@@ -173,12 +187,31 @@ def _check_at_most(param: str, value: int, limit: int) -> None:
         raise ApiError("above_max_value", message, param=param)
 
 
-def _chat_prompt(messages: Sequence[ChatMessage], add_generation_prompt: bool = True) -> ChatPrompt:
-    turns = [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-        for message in messages
-    ]
-    return ChatPrompt(messages=tuple(turns), add_generation_prompt=add_generation_prompt)
+def _chat_prompt(
+    messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, add_generation_prompt: bool = True
+) -> ChatPrompt:
+    return ChatPrompt(
+        messages=tuple(_turn(message) for message in messages),
+        add_generation_prompt=add_generation_prompt,
+        tools=tuple(tool.for_template() for tool in tools or ()),
+    )
+
+
+def _turn(message: ChatMessage) -> dict[str, Any]:
+    turn = {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+    if message.tool_calls:
+        turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+    given = {"tool_call_id": message.tool_call_id, "name": message.name}
+    return turn | {name: value for name, value in given.items() if value is not None}
+
+
+def _tool_use(request: ChatCompletionRequest, tools: Sequence[Tool]) -> ToolUse:
+    return ToolUse(
+        required=request.choice.mode in ("required", "named"),
+        name=request.choice.name,
+        parallel=request.parallel_tool_calls is not False and request.choice.mode != "named",
+        strict=tuple(tool.function.name for tool in tools if tool.function.strict),
+    )
 
 
 def _text_prompt(prompt: str | tuple[int, ...]) -> Prompt:

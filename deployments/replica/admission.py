@@ -4,8 +4,9 @@ import secrets
 
 import msgspec
 
-from deployments.messages import Generate, RefusalCode, Refused, RequestRefused, SamplingParams
-from deployments.replica.text import prompt_param
+from deployments.messages import ChatPrompt, Generate, RefusalCode, Refused, RequestRefused, SamplingParams
+from deployments.replica.text import TextTokenizer, prompt_param
+from deployments.replica.tools import tool_grammar
 
 _SEED_BITS = 63
 
@@ -39,6 +40,27 @@ def admit_sampling(
     _check_emitted(request, max_tokens, num_token_ids)
     seed = secrets.randbits(_SEED_BITS) if sampling.seed is None else sampling.seed
     return msgspec.structs.replace(sampling, max_tokens=max_tokens, seed=seed)
+
+
+def admit_tools(request: Generate, tokenizer: TextTokenizer) -> Generate:
+    """The request with the grammar of its calls, and their markers left in its text; raises RequestRefused."""
+    if request.tools is None:
+        return request
+    syntax = tokenizer.template.call_syntax
+    if syntax is None or not isinstance(request.prompt, ChatPrompt):
+        message = (
+            "it cannot be told from this model's chat template how it writes calls; "
+            "name the way under 'tool_parser' in the model's configuration, or leave out 'tools'"
+        )
+        raise refuse(request.request_id, "unsupported", message, param="tools")
+    sampling = request.sampling
+    hides_markers = any(tokenizer.is_special(marker) for marker in syntax.markers())
+    sampling = msgspec.structs.replace(
+        sampling,
+        grammar=tool_grammar(syntax, request.prompt, request.tools, sampling.grammar),
+        skip_special_tokens=sampling.skip_special_tokens and not hides_markers,
+    )
+    return msgspec.structs.replace(request, sampling=sampling)
 
 
 def _max_tokens(request: Generate, num_prompt_tokens: int, context_tokens: int) -> int:

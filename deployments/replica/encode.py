@@ -52,5 +52,6 @@ def _num_characters(prompt: Prompt) -> int:
     if isinstance(prompt, TextPrompt):
         return len(prompt.text)
     if isinstance(prompt, ChatPrompt):
-        return sum(_MESSAGE_CHARACTERS + len(str(message.get("content", ""))) for message in prompt.messages)
+        messages = sum(_MESSAGE_CHARACTERS + len(str(message.get("content", ""))) for message in prompt.messages)
+        return messages + sum(len(tool) for tool in prompt.tools)
     return len(prompt.token_ids)

@@ -32,7 +32,7 @@ from deployments.messages import (
     Started,
     StepOutput,
 )
-from deployments.replica.admission import admit_sampling, refuse
+from deployments.replica.admission import admit_sampling, admit_tools, refuse
 from deployments.replica.blocks import BlockPool
 from deployments.replica.constraints import GrammarChecker
 from deployments.replica.encode import PromptEncoder
@@ -207,7 +207,7 @@ class Engine:
             self._encoding.add(request_id)
             try:
                 prompt_ids = await self._encoder.encode(generate.prompt, request_id)
-                generate = await self._check_grammar(generate)
+                generate = await self._check_grammar(admit_tools(generate, self._tokenizer))
             finally:
                 self._encoding.discard(request_id)
             self._check_usable(request_id)  # the encoding may have taken a while

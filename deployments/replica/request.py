@@ -139,6 +139,8 @@ class Request:
         self.arrived_s = arrived_s
         self.deadline_s = arrived_s + request.deadline_s
         self.num_prompt_tokens = len(prompt_ids)
+        syntax = tokenizer.template.call_syntax if request.tools is not None else None
+        self.tool_format = syntax.format if syntax is not None else None
         self.num_completion_tokens = self.num_resumed_tokens = sum(
             len(choice.token_ids) for choice in request.emitted or ()
         )
@@ -186,6 +188,7 @@ class Request:
                 num_prompt_tokens=self.num_prompt_tokens,
                 num_cached_tokens=self.num_cached_tokens,
                 seed=self.seed,
+                tool_format=self.tool_format,
             )
         )
 

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -24,16 +23,15 @@ from deployments.messages import (
     Detokenize,
     Detokenized,
     Prompt,
-    RefusalCode,
-    Refused,
-    RequestRefused,
     Sample,
     TextPrompt,
     Tokenize,
     Tokenized,
     TokenLogprob,
     TokenPrompt,
+    ToolFormat,
 )
+from deployments.replica.template import ChatTemplate, refusal
 
 Spelling = Literal["byte_level", "sentencepiece", "other"]
 
@@ -56,10 +54,18 @@ class TextTokenizer:
 
     ``tokenizer`` is a transformers tokenizer with a ``tokenizers`` backend; ValueError for one without.
     ``num_embeddings`` is how many token ids the model reads; a tokenizer may know more (Gemma 3's names an image),
-    and a prompt with one of those is refused, because no stage survives it.
+    and a prompt with one of those is refused, because no stage survives it. ``tool_format`` is how the model writes
+    calls, where its chat template does not tell.
     """
 
-    def __init__(self, tokenizer: Any, eos_token_ids: Iterable[int], *, num_embeddings: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        eos_token_ids: Iterable[int],
+        *,
+        num_embeddings: int | None = None,
+        tool_format: ToolFormat | None = None,
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ValueError(
@@ -79,17 +85,19 @@ class TextTokenizer:
         self._spelling = _spelling(json.loads(backend.to_str()).get("decoder"))
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
+        self._added_ids = {content: token_id for token_id, content in self._added.items()}
+        self.template = ChatTemplate(tokenizer, self._added_ids, tool_format)
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
-    def load(cls, directory: Path) -> "TextTokenizer":
+    def load(cls, directory: Path, *, tool_format: ToolFormat | None = None) -> "TextTokenizer":
         """Read tokenizer, end tokens and number of embeddings of the checkpoint in ``directory``."""
         from transformers import AutoTokenizer  # noqa: PLC0415 - heavy; only who loads a tokenizer pays for it
 
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         eos_token_ids = read_eos_token_ids(directory, tokenizer.eos_token_id)
-        return cls(tokenizer, eos_token_ids, num_embeddings=_read_num_embeddings(directory))
+        return cls(tokenizer, eos_token_ids, num_embeddings=_read_num_embeddings(directory), tool_format=tool_format)
 
     def encode(self, prompt: Prompt, *, request_id: str, context_tokens: int) -> list[int]:
         """Token ids of a prompt, at least one; raises RequestRefused. Safe to call from several threads.
@@ -99,7 +107,7 @@ class TextTokenizer:
         if isinstance(prompt, TextPrompt):
             text, add_special_tokens = prompt.text, prompt.add_special_tokens
         elif isinstance(prompt, ChatPrompt):
-            text, add_special_tokens = self._render(prompt, request_id), False
+            text, add_special_tokens = self.template.render(prompt, request_id), False
         if not isinstance(prompt, TokenPrompt):
             token_ids = self.encode_text(
                 text,
@@ -113,7 +121,7 @@ class TextTokenizer:
             self._check_known(token_ids, request_id, "prompt")
         if not token_ids:
             message = "the prompt has no tokens; write at least one"
-            raise _refusal(request_id, "invalid_request", message, prompt_param(prompt))
+            raise refusal(request_id, "invalid_request", message, prompt_param(prompt))
         return token_ids
 
     def encode_text(
@@ -130,7 +138,7 @@ class TextTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             message = f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
-            raise _refusal(request_id, "invalid_request", f"{message}; send valid Unicode", param) from error
+            raise refusal(request_id, "invalid_request", f"{message}; send valid Unicode", param) from error
         self._check_size(text, request_id, context_tokens, param)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         self._check_known(ids, request_id, param)
@@ -149,7 +157,7 @@ class TextTokenizer:
                     f"this model's context is {context_tokens} tokens, but the first {num_characters} of "
                     f"{len(text)} characters alone have {num_tokens}; shorten the text"
                 )
-                raise _refusal(request_id, "context_length_exceeded", message, param)
+                raise refusal(request_id, "context_length_exceeded", message, param)
             num_characters *= 4
 
     def encode_inputs(
@@ -167,7 +175,7 @@ class TextTokenizer:
                 self._check_known(token_ids, request_id, "input")
             if not token_ids:
                 message = f"input {index} has no tokens; write at least one"
-                raise _refusal(request_id, "invalid_request", message, "input")
+                raise refusal(request_id, "invalid_request", message, "input")
             encoded.append(token_ids)
         return encoded
 
@@ -176,20 +184,11 @@ class TextTokenizer:
             return
         unknown = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
         message = f"token id {unknown} is not in the vocabulary; allowed: 0 to {self.vocab_size - 1}"
-        raise _refusal(request_id, "invalid_request", message, param)
+        raise refusal(request_id, "invalid_request", message, param)
 
-    def _render(self, prompt: ChatPrompt, request_id: str) -> str:
-        if not getattr(self._tokenizer, "chat_template", None):
-            message = "this model has no chat template, so it cannot chat; use /v1/completions"
-            raise _refusal(request_id, "unsupported", message, "messages")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(prompt.messages), tokenize=False, add_generation_prompt=prompt.add_generation_prompt
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            message = f"the model's chat template does not take these messages: {error}"
-            raise _refusal(request_id, "invalid_request", message, "messages") from error
-        return str(text)
+    def is_special(self, text: str) -> bool:
+        """Whether ``text`` is a token that is left out of what clients see."""
+        return self._added_ids.get(text) in self._special
 
     def tokenize(self, request: Tokenize, context_tokens: int) -> Tokenized:
         """Answer a Tokenize; raises RequestRefused."""
@@ -359,10 +358,6 @@ def _read_num_embeddings(directory: Path) -> int | None:
 def prompt_param(prompt: Prompt) -> str:
     """The OpenAI field that a prompt came in."""
     return "messages" if isinstance(prompt, ChatPrompt) else "prompt"
-
-
-def _refusal(request_id: str, code: RefusalCode, message: str, param: str) -> RequestRefused:
-    return RequestRefused(Refused(request_id=request_id, code=code, message=message, param=param))
 
 
 def _spelling(decoder: dict[str, Any] | None) -> Spelling:

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -227,12 +227,17 @@ def _translate(grammar: Grammar) -> str:
         raise GrammarError(f"it has {len(grammar.text.encode())} bytes; at most {MAX_GRAMMAR_BYTES} are allowed")
     match grammar.kind:
         case "json_schema":
-            options = {"whitespace_pattern": _WHITE_SPACE, "whitespace_flexible": True, "lenient": grammar.lenient}
+            options = schema_options(lenient=grammar.lenient)
             return LLMatcher.grammar_from_json_schema(grammar.text, overrides=options)  # type: ignore[arg-type]
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "lark":
             return LLMatcher.grammar_from_lark(grammar.text)
+
+
+def schema_options(*, lenient: bool) -> dict[str, Any]:
+    """The library's options for one schema, whatever the schema itself says about them."""
+    return {"whitespace_pattern": _WHITE_SPACE, "whitespace_flexible": True, "lenient": lenient}
 
 
 def _limits() -> "LLParserLimits":

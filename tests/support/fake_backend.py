@@ -33,6 +33,7 @@ from deployments.messages import (
     Tokenize,
     Tokenized,
     TokenLogprob,
+    ToolFormat,
 )
 
 ALPHABET = "abcdefgh éß✓😀,.\n\u2028"
@@ -73,6 +74,9 @@ class FakeBackend:
         self.in_one_go = False
         self.stop_early = False
         self.status = "ok"
+        self.says: str | None = None
+        """What every choice says, instead of random characters."""
+        self.tool_format: ToolFormat = "hermes"
 
     def replace_settings(self, **changes: float) -> None:
         """Put a new routing table in force."""
@@ -117,10 +121,14 @@ class FakeBackend:
         try:
             seed = request.sampling.seed if request.sampling.seed is not None else 7
             yield Started(
-                request_id=request.request_id, num_prompt_tokens=num_prompt_tokens, num_cached_tokens=2, seed=seed
+                request_id=request.request_id,
+                num_prompt_tokens=num_prompt_tokens,
+                num_cached_tokens=2,
+                seed=seed,
+                tool_format=self.tool_format if request.tools is not None else None,
             )
             num_tokens = 0
-            for delta in deltas(request, seed):
+            for delta in deltas(request, seed, self.says):
                 if num_tokens == self.pause_after:
                     await self.resume.wait()
                 if num_tokens == self.fail_after:
@@ -213,9 +221,9 @@ def expected_text(prompt: str, seed: int, choice: int, num_tokens: int) -> str:
     return "".join(_character(prompt, seed, choice, position) for position in range(num_tokens))
 
 
-def deltas(request: Generate, seed: int) -> Iterator[Delta]:
+def deltas(request: Generate, seed: int, says: str | None = None) -> Iterator[Delta]:
     """All choices in turn, one token each, until every one has ended."""
-    choices = [_choice(request, seed, index) for index in range(request.sampling.n)]
+    choices = [_choice(request, seed, index, says) for index in range(request.sampling.n)]
     while choices:
         for choice in tuple(choices):
             delta = next(choice, None)
@@ -225,14 +233,15 @@ def deltas(request: Generate, seed: int) -> Iterator[Delta]:
                 yield delta
 
 
-def _choice(request: Generate, seed: int, index: int) -> Iterator[Delta]:
+def _choice(request: Generate, seed: int, index: int, says: str | None) -> Iterator[Delta]:
     sampling = request.sampling
-    limit = request.max_tokens if request.max_tokens is not None else END_AFTER
+    end_after = END_AFTER if says is None else len(says)
+    limit = request.max_tokens if request.max_tokens is not None else end_after
     text = ""
     for position in range(limit):
-        character = _character(prompt_text(request.prompt), seed, index, position)
+        character = says[position] if says else _character(prompt_text(request.prompt), seed, index, position)
         text += character
-        reason, hit = _end(text, position + 1, limit, sampling)
+        reason, hit = _end(text, position + 1, limit, end_after, sampling)
         cut = hit is not None and not sampling.include_stop_str_in_output
         yield Delta(
             request_id=request.request_id,
@@ -247,12 +256,14 @@ def _choice(request: Generate, seed: int, index: int) -> Iterator[Delta]:
             return
 
 
-def _end(text: str, num_tokens: int, limit: int, sampling: SamplingParams) -> tuple[FinishReason | None, str | None]:
+def _end(
+    text: str, num_tokens: int, limit: int, end_after: int, sampling: SamplingParams
+) -> tuple[FinishReason | None, str | None]:
     hit = next((stop for stop in sampling.stop if text.endswith(stop)), None)
     if num_tokens >= sampling.min_tokens:
         if hit is not None:
             return "stop", hit
-        if num_tokens == END_AFTER and not sampling.ignore_eos:
+        if num_tokens == end_after and not sampling.ignore_eos:
             return "stop", None
     return ("length" if num_tokens == limit else None), None
 

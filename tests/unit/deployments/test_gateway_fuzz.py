@@ -36,6 +36,10 @@ FIELDS = [
     "max_tokens",
     "temperature",
     "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "structured_outputs",
 ]
 
 app = create_app(FakeBackend())
@@ -52,9 +56,45 @@ keys = st.sampled_from([*FIELDS, "role", "content", "type", "text", "5"]) | st.t
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
 )
+schemas = st.dictionaries(st.sampled_from(["type", "properties", "$ref", "enum"]), anything, max_size=3)
+functions = st.fixed_dictionaries(
+    {"name": st.sampled_from(["f", "g"])}, optional={"parameters": schemas, "strict": st.booleans()}
+)
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"]), "content": texts | st.none()},
+    optional={
+        "tool_call_id": texts,
+        "tool_calls": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "id": texts,
+                    "type": st.just("function"),
+                    "function": st.fixed_dictionaries(
+                        {"name": st.just("f"), "arguments": st.sampled_from(["", "{}", '{"a": 1e999}', "["]) | texts}
+                    ),
+                }
+            ),
+            max_size=2,
+        ),
+    },
+)
+likely = {
+    "messages": st.lists(turns, min_size=1, max_size=3),
+    "tools": st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": functions}), max_size=2),
+    "tool_choice": st.sampled_from(["auto", "required", {"type": "function", "function": {"name": "f"}}]),
+    "response_format": st.fixed_dictionaries(
+        {
+            "type": st.just("json_schema"),
+            "json_schema": st.fixed_dictionaries({"name": st.just("s"), "schema": schemas}),
+        }
+    ),
+    "structured_outputs": st.fixed_dictionaries(
+        {}, optional={"json": schemas, "regex": texts, "choice": st.lists(texts), "grammar": texts}
+    ),
+}
 requests = st.fixed_dictionaries(
     {"model": st.sampled_from(["writer", "embedder"])},
-    optional={name: anything for name in FIELDS if name != "model"},
+    optional={name: likely.get(name, st.nothing()) | anything for name in FIELDS if name != "model"},
 )
 
 

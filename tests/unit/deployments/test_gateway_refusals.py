@@ -30,6 +30,34 @@ def message(**changes: object) -> list[dict[str, Any]]:
     return [{**USER, **changes}]
 
 
+PAST = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+FUNCTION = "messages[0].tool_calls[0].function"
+
+
+def calls(changes: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "tool_calls": [PAST | changes]}]
+
+
+def tool(**changes: object) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": "f", **changes}}]
+
+
+def named(name: object) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def schema(**changes: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", **changes}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """An object of so many levels."""
+    value: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        value = {"a": value}
+    return value
+
+
 # endpoint, what is changed in a good request, status, param, code
 FIELDS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     # the model
@@ -69,16 +97,37 @@ FIELDS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
         "missing_required_parameter",
     ),
     (CHAT, {"messages": message(role="robot")}, 400, "messages[0].role", "unsupported_value"),
-    (CHAT, {"messages": message(role="tool")}, 400, "messages[0].role", "unsupported_value"),
+    (CHAT, {"messages": message(role="tool")}, 400, "messages[0].tool_call_id", "missing_required_parameter"),
+    (CHAT, {"messages": message(role="tool", tool_call_id="")}, 400, "messages[0].tool_call_id", "empty_string"),
+    (CHAT, {"messages": message(tool_call_id="1")}, 400, "messages[0].tool_call_id", "conflicting_parameters"),
+    (CHAT, {"messages": message(tool_calls=[PAST])}, 400, "messages[0].tool_calls", "conflicting_parameters"),
+    (CHAT, {"messages": calls({"id": 5})}, 400, "messages[0].tool_calls[0].id", "invalid_type"),
+    (CHAT, {"messages": calls({"type": "x"})}, 400, "messages[0].tool_calls[0].type", "unsupported_value"),
+    (CHAT, {"messages": calls({"function": {}})}, 400, f"{FUNCTION}.name", "missing_required_parameter"),
+    (
+        CHAT,
+        {"messages": calls({"function": {"name": "a b", "arguments": ""}})},
+        400,
+        f"{FUNCTION}.name",
+        "invalid_value",
+    ),
+    *(
+        (
+            CHAT,
+            {"messages": calls({"function": {"name": "f", "arguments": text}})},
+            400,
+            f"{FUNCTION}.arguments",
+            "invalid_value",
+        )
+        for text in ("5", "{", "[]", '{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 5000)
+    ),
     (CHAT, {"messages": message(role=None)}, 400, "messages[0].role", "missing_required_parameter"),
-    (CHAT, {"messages": message(name="bob")}, 400, "messages[0].name", "unsupported_parameter"),
-    (CHAT, {"messages": message(tool_calls=[])}, 400, "messages[0].tool_calls", "unsupported_parameter"),
+    (CHAT, {"messages": message(name="bob")}, 400, "messages[0].name", "conflicting_parameters"),
+    (CHAT, {"messages": message(tool_calls=[])}, 400, "messages[0].tool_calls", "conflicting_parameters"),
+    (CHAT, {"messages": [{"role": "assistant"}]}, 400, "messages[0].content", "missing_required_parameter"),
     (CHAT, {"messages": message(mood="good")}, 400, "messages[0].mood", "unknown_parameter"),
     # fields that OpenAI has and this server does not
-    (CHAT, {"tools": []}, 400, "tools", "unsupported_parameter"),
-    (CHAT, {"tool_choice": "auto"}, 400, "tool_choice", "unsupported_parameter"),
     (CHAT, {"functions": []}, 400, "functions", "unsupported_parameter"),
-    (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
     (CHAT, {"reasoning_effort": "low"}, 400, "reasoning_effort", "unsupported_parameter"),
     (CHAT, {"service_tier": "flex"}, 400, "service_tier", "unsupported_parameter"),
     (CHAT, {"store": True}, 400, "store", "unsupported_parameter"),
@@ -92,6 +141,97 @@ FIELDS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"unheard_of": None}, 400, "unheard_of", "unknown_parameter"),
     (CHAT, {"prompt": "hi"}, 400, "prompt", "unknown_parameter"),
     (EMBED, {"temperature": 1}, 400, "temperature", "unknown_parameter"),
+    # tools
+    (CHAT, {"tools": []}, 400, "tools", "empty_array"),
+    (CHAT, {"tools": {}}, 400, "tools", "invalid_type"),
+    (CHAT, {"tools": [{"type": "custom"}]}, 400, "tools[0].type", "unsupported_value"),
+    (CHAT, {"tools": [{"type": "function"}]}, 400, "tools[0].function", "missing_required_parameter"),
+    (CHAT, {"tools": tool(name="")}, 400, "tools[0].function.name", "invalid_value"),
+    (CHAT, {"tools": tool(name="x" * 65)}, 400, "tools[0].function.name", "invalid_value"),
+    (CHAT, {"tools": tool(parameters=5)}, 400, "tools[0].function.parameters", "invalid_type"),
+    (CHAT, {"tools": tool(parameters=nested(65))}, 400, "tools[0].function.parameters", "invalid_value"),
+    (CHAT, {"tools": tool(strict="yes")}, 400, "tools[0].function.strict", "invalid_type"),
+    (CHAT, {"tools": [*tool(), *tool()]}, 400, "tools[1].function.name", "invalid_value"),
+    (CHAT, {"tools": [tool(name=f"f{i}")[0] for i in range(129)]}, 400, "tools", "array_above_max_length"),
+    (CHAT, {"tool_choice": "auto"}, 400, "tool_choice", "conflicting_parameters"),
+    (CHAT, {"tools": tool(), "tool_choice": "any"}, 400, "tool_choice", "unsupported_value"),
+    (CHAT, {"tools": tool(), "tool_choice": 5}, 400, "tool_choice", "invalid_type"),
+    (CHAT, {"tools": tool(), "tool_choice": {"type": "allowed_tools"}}, 400, "tool_choice.type", "unsupported_value"),
+    (CHAT, {"tools": tool(), "tool_choice": {"type": "function"}}, 400, "tool_choice.function", "invalid_value"),
+    (CHAT, {"tools": tool(), "tool_choice": named("g")}, 400, "tool_choice.function.name", "invalid_value"),
+    (CHAT, {"tools": tool(), "tool_choice": named(5)}, 400, "tool_choice.function.name", "invalid_type"),
+    (CHAT, {"parallel_tool_calls": True}, 400, "parallel_tool_calls", "conflicting_parameters"),
+    (
+        CHAT,
+        {"tools": tool(), "structured_outputs": {"regex": "a"}},
+        400,
+        "structured_outputs",
+        "conflicting_parameters",
+    ),
+    (TEXT, {"tools": tool()}, 400, "tools", "unknown_parameter"),
+    (TOKENS, {"tools": tool()}, 400, "tools", "conflicting_parameters"),
+    # what the answer must look like
+    (CHAT, {"response_format": "json"}, 400, "response_format", "invalid_type"),
+    (CHAT, {"response_format": {"type": "xml"}}, 400, "response_format.type", "unsupported_value"),
+    (
+        CHAT,
+        {"response_format": {"type": "json_schema"}},
+        400,
+        "response_format.json_schema",
+        "missing_required_parameter",
+    ),
+    (
+        CHAT,
+        {"response_format": {"type": "text", "json_schema": {"name": "a"}}},
+        400,
+        "response_format.json_schema",
+        "conflicting_parameters",
+    ),
+    (CHAT, {"response_format": schema(name="a b")}, 400, "response_format.json_schema.name", "invalid_value"),
+    (CHAT, {"response_format": schema(schema=True)}, 400, "response_format.json_schema.schema", "invalid_type"),
+    (
+        CHAT,
+        {"response_format": schema(schema=nested(65))},
+        400,
+        "response_format.json_schema.schema",
+        "invalid_value",
+    ),
+    (
+        CHAT,
+        {"response_format": schema(definition={})},
+        400,
+        "response_format.json_schema.definition",
+        "unknown_parameter",
+    ),
+    (CHAT, {"response_format": schema(strict=1)}, 400, "response_format.json_schema.strict", "invalid_type"),
+    (CHAT, {"structured_outputs": {}}, 400, "structured_outputs", "missing_required_parameter"),
+    (
+        CHAT,
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        400,
+        "structured_outputs",
+        "conflicting_parameters",
+    ),
+    (CHAT, {"structured_outputs": {"regex": ""}}, 400, "structured_outputs.regex", "empty_string"),
+    (CHAT, {"structured_outputs": {"choice": []}}, 400, "structured_outputs.choice", "empty_array"),
+    (CHAT, {"structured_outputs": {"choice": [5]}}, 400, "structured_outputs.choice[0]", "invalid_type"),
+    (CHAT, {"structured_outputs": {"json": "{"}}, 400, "structured_outputs.json", "invalid_value"),
+    (CHAT, {"structured_outputs": {"json": "[" * 100_000}}, 400, "structured_outputs.json", "invalid_value"),
+    (CHAT, {"structured_outputs": {"json": 5}}, 400, "structured_outputs.json", "invalid_type"),
+    (
+        CHAT,
+        {"structured_outputs": {"structural_tag": "x"}},
+        400,
+        "structured_outputs.structural_tag",
+        "unsupported_parameter",
+    ),
+    (
+        TEXT,
+        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        400,
+        "structured_outputs",
+        "conflicting_parameters",
+    ),
     # lengths
     (CHAT, {"max_tokens": 0}, 400, "max_tokens", "below_min_value"),
     (CHAT, {"max_tokens": -5}, 400, "max_tokens", "below_min_value"),

@@ -1,0 +1,405 @@
+"""Generated text enters in pieces, content and calls of tools leave, as soon as they are certain.
+
+What leaves is a function of the whole text, however it was cut. Text that begins like a call and turns out to be none
+is content; once the name of a function has left, the rest of the call belongs to it, well-formed or not.
+"""
+
+import re
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import msgspec
+
+from deployments.messages import ToolFormat
+
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_SPACE = " \t\n\r"
+_ARGUMENT_KEYS = ("arguments", "parameters")
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """More of the message's text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegins:
+    """The ``index``-th call is of ``name``."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """More of the ``index``-th call's arguments, as JSON text."""
+
+    index: int
+    text: str
+
+
+Piece = Content | CallBegins | Arguments
+
+
+class _Broken(Exception):
+    """The text is not what it began as."""
+
+
+class _At(Enum):
+    """Where a JSON object is being read."""
+
+    START = auto()
+    KEY = auto()
+    IN_KEY = auto()
+    COLON = auto()
+    VALUE = auto()
+    IN_VALUE = auto()
+    AFTER_VALUE = auto()
+    END = auto()
+
+
+class ObjectReader:
+    """Reads one JSON object, character by character; keeps the raw text of every member's value."""
+
+    def __init__(self) -> None:
+        self.members: dict[str, str] = {}
+        self.complete: set[str] = set()
+        """Names of members whose value is complete."""
+        self._at = _At.START
+        self._key = ""
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the object is complete."""
+        return self._at is _At.END
+
+    def feed(self, character: str) -> None:
+        """Take one more character; raises _Broken where it cannot be JSON."""
+        if self._at in (_At.IN_KEY, _At.IN_VALUE):
+            (self._in_key if self._at is _At.IN_KEY else self._in_value)(character)
+            return
+        if character in _SPACE:
+            return
+        match self._at, character:
+            case _At.START, "{":
+                self._at = _At.KEY
+            case _At.KEY, '"':
+                self._key, self._at = '"', _At.IN_KEY
+            case (_At.KEY, "}") | (_At.AFTER_VALUE, "}"):
+                self._at = _At.END
+            case _At.AFTER_VALUE, ",":
+                self._at = _At.KEY
+            case _At.COLON, ":":
+                self._at = _At.VALUE
+            case _At.VALUE, _:
+                self._begin_value(character)
+            case _:
+                raise _Broken
+
+    def _in_key(self, character: str) -> None:
+        self._key += character
+        if character == '"' and not self._escaped:
+            self._key = _decode_string(self._key)
+            self._at = _At.COLON
+        self._escaped = character == "\\" and not self._escaped
+
+    def _begin_value(self, character: str) -> None:
+        if character in ",:}]" or self._key in self.members:
+            raise _Broken
+        self.members[self._key] = ""
+        self._at = _At.IN_VALUE
+        self._depth = 0
+        self._in_value(character)
+
+    def _in_value(self, character: str) -> None:
+        is_scalar = self._depth == 0 and not self._in_string and self.members[self._key] != ""
+        if is_scalar and (character in ",}" or character in _SPACE):
+            self._end_value()
+            self.feed(character)
+            return
+        self.members[self._key] += character
+        if self._in_string:
+            self._in_string = character != '"' or self._escaped
+            self._escaped = character == "\\" and not self._escaped
+        elif character == '"':
+            self._in_string = True
+        elif character in "{[":
+            self._depth += 1
+        elif character in "}]":
+            self._depth -= 1
+        else:
+            return
+        if self._depth == 0 and not self._in_string:
+            self._end_value()
+
+    def _end_value(self) -> None:
+        self.complete.add(self._key)
+        self._at = _At.AFTER_VALUE
+
+
+class CallReader:
+    """One call written as an object with a name and arguments; tells both as soon as they are certain."""
+
+    def __init__(self, index: int, names: frozenset[str] | None) -> None:
+        """``names`` are the only functions it may be a call of; None: any."""
+        self.begun = False
+        self._object = ObjectReader()
+        self._index = index
+        self._names = names
+        self._num_told = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the call is complete."""
+        return self._object.ended
+
+    def feed(self, character: str) -> Iterator[Piece]:
+        """Take one more character; raises _Broken where it is no call."""
+        self._object.feed(character)
+        if not self.begun and "name" in self._object.complete:
+            name = _decode_string(self._object.members["name"])
+            if not _NAME.fullmatch(name) or (self._names is not None and name not in self._names):
+                raise _Broken
+            self.begun = True
+            yield CallBegins(self._index, name)
+        if self.begun:
+            yield from self._tell_arguments()
+        elif self.ended:
+            raise _Broken
+
+    def _tell_arguments(self) -> Iterator[Piece]:
+        members = self._object.members
+        key = next((key for key in _ARGUMENT_KEYS if key in members), None)
+        if key is None:
+            if self.ended:
+                yield Arguments(self._index, "{}")
+            return
+        text = members[key]
+        if text.startswith('"'):  # some models write the arguments as text that holds JSON
+            if key not in self._object.complete or self._num_told:
+                return
+            text = _decode_string(text)
+        if len(text) > self._num_told:
+            yield Arguments(self._index, text[self._num_told :])
+            self._num_told = len(text)
+
+
+def _decode_string(raw: str) -> str:
+    try:
+        return msgspec.json.decode(raw.encode(), type=str)
+    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        raise _Broken from error
+
+
+class NamedCallReader:
+    """One call written as ``name[ARGS]{...}``, possibly with ``[CALL_ID]...`` between."""
+
+    def __init__(self, index: int) -> None:
+        self.begun = False
+        self._index = index
+        self._head = ""
+        self._value = ObjectReader()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the call is complete."""
+        return self._value.ended
+
+    def feed(self, character: str) -> Iterator[Piece]:
+        """Take one more character; raises _Broken where it is no call."""
+        if self.begun:
+            self._value.feed(character)
+            yield Arguments(self._index, character)
+            return
+        self._head += character
+        if character != "{":
+            if len(self._head) > 256:
+                raise _Broken
+            return
+        name, bracket, rest = self._head[:-1].partition("[")
+        if not _NAME.fullmatch(name) or (bracket and not rest.rstrip().endswith("ARGS]")):
+            raise _Broken
+        self.begun = True
+        yield CallBegins(self._index, name)
+        self._value.feed(character)
+        yield Arguments(self._index, character)
+
+
+Script = Generator[None, str, None]
+"""Receives one character at a time."""
+
+
+class CallParser:
+    """Takes one choice's text apart. ``names`` are the tools of the request."""
+
+    def __init__(self, tool_format: ToolFormat, names: frozenset[str]) -> None:
+        self.num_calls = 0
+        self._names = names
+        self._pieces: list[Piece] = []
+        self._held = ""
+        """What has come and not left: perhaps the beginning of a call, or white space before one."""
+        self._reader: CallReader | NamedCallReader | None = None
+        self._after_call = False
+        """A call has just ended: white space, and ``_noise``, mean nothing."""
+        self._noise = ""
+        scripts = {"hermes": self._hermes, "llama3_json": self._llama3_json, "mistral": self._mistral}
+        self._script = scripts[tool_format]()
+        next(self._script)
+
+    def feed(self, text: str) -> list[Piece]:
+        """Take more text; what is certain now."""
+        for character in text:
+            self._held += character
+            self._script.send(character)
+        return self._take_pieces()
+
+    def finish(self) -> list[Piece]:
+        """What remains, when no more text comes."""
+        in_call = self._reader is not None and self._reader.begun
+        is_noise = self._after_call and self._noise.startswith(self._held.strip(_SPACE))
+        if not in_call and not is_noise:
+            self._tell(len(self._held))
+        return self._take_pieces()
+
+    def _take_pieces(self) -> list[Piece]:
+        pieces, self._pieces = self._pieces, []
+        return _joined(pieces)
+
+    def _hermes(self) -> Script:
+        while True:
+            yield from self._text_until("<tool_call>")
+            yield from self._call(CallReader(self.num_calls, None), closing="</tool_call>")
+
+    def _mistral(self) -> Script:
+        while True:
+            yield from self._text_until("[TOOL_CALLS]")
+            character = yield from self._visible()
+            if character == "[":
+                yield from self._list()
+            elif character == "{":
+                yield from self._call(CallReader(self.num_calls, None), character)
+            else:
+                yield from self._call(NamedCallReader(self.num_calls), character)
+
+    def _llama3_json(self) -> Script:
+        character = yield from self._visible()
+        if character == "<":
+            yield from self._skip("<|python_tag|>")
+            character = (yield from self._visible()) if not self._held else character
+        while character == "{":
+            yield from self._call(CallReader(self.num_calls, self._names), character, closing=";")
+            character = (yield from self._visible()) if self._after_call and not self._held else ""
+        yield from self._text_until(None)
+
+    def _list(self) -> Script:
+        """Calls in square brackets, after the opening one."""
+        character = yield from self._visible()
+        while character != "]":
+            yield from self._call(CallReader(self.num_calls, None), character)
+            if not self._after_call:
+                return
+            self._noise = "]"
+            character = yield from self._visible()
+            if character == ",":
+                self._held = ""
+                character = yield from self._visible()
+        self._held = ""
+
+    def _call(self, reader: CallReader | NamedCallReader, first: str = "", closing: str = "") -> Script:
+        """Read one call, whose first character has come already, and what closes it; content where it is none."""
+        self._reader = reader
+        while not reader.ended:
+            character = first or (yield)
+            first = ""
+            try:
+                for piece in reader.feed(character):
+                    self.num_calls += isinstance(piece, CallBegins)
+                    self._pieces.append(piece)
+            except _Broken:
+                if reader.begun:
+                    yield from self._broken_arguments(closing)
+                    break
+                self._reader, self._after_call = None, False
+                self._tell(len(self._held) - 1)  # the last character may begin a marker
+                return
+        self._reader, self._after_call, self._held = None, True, ""
+        if closing:
+            yield from self._skip(closing)
+
+    def _broken_arguments(self, closing: str) -> Script:
+        """The rest of a call that is no JSON is its arguments all the same."""
+        index = self.num_calls - 1
+        rest = self._held[-1]
+        while not closing or not rest.endswith(closing):
+            self._held = ""
+            if not closing:
+                self._pieces.append(Arguments(index, rest))
+                rest = ""
+            rest += yield
+        self._pieces.append(Arguments(index, rest.removesuffix(closing)))
+
+    def _text_until(self, marker: str | None) -> Script:
+        """Let text leave as content until ``marker`` has come, which then is held; None: to the end."""
+        while True:
+            start = self._held.find(marker) if marker else -1
+            if start >= 0:
+                self._tell(len(self._held[:start].rstrip(_SPACE)))
+                return
+            num_pending = _num_pending(self._held, marker) if marker else 0
+            self._tell(len(self._held[: len(self._held) - num_pending].rstrip(_SPACE)))
+            yield
+
+    def _skip(self, text: str) -> Script:
+        """Let ``text`` go unheard; what comes instead of it stays held."""
+        self._noise = text
+        while True:
+            yield
+            held = self._held.strip(_SPACE)
+            if held == text:
+                self._held = ""
+            if held == text or not text.startswith(held):
+                return
+
+    def _visible(self) -> Generator[None, str, str]:
+        """The next character that is not white space."""
+        while True:
+            character = yield
+            if character not in _SPACE:
+                return character
+
+    def _tell(self, num_characters: int) -> None:
+        """Let the first of the held characters leave as content."""
+        text, self._held = self._held[:num_characters], self._held[num_characters:]
+        text = text.lstrip(_SPACE) if self._after_call else text
+        if text:
+            self._after_call = False
+            self._pieces.append(Content(text))
+
+
+def _num_pending(text: str, marker: str) -> int:
+    """Length of the longest end of ``text`` that begins ``marker``."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:length]):
+            return length
+    return 0
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Neighbouring pieces of the same kind as one."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        match last, piece:
+            case Content(), Content():
+                joined[-1] = Content(last.text + piece.text)
+            case Arguments(), Arguments() if last.index == piece.index:
+                joined[-1] = Arguments(piece.index, last.text + piece.text)
+            case _:
+                joined.append(piece)
+    return joined

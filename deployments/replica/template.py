@@ -1,0 +1,73 @@
+"""A model's own chat template: a conversation and its tools enter, the prompt's text leaves, or a refusal."""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from deployments.messages import ChatPrompt, RefusalCode, Refused, RequestRefused, ToolFormat
+from deployments.replica.tools import (
+    TEMPLATE_ERRORS,
+    CallSyntax,
+    find_tool_format,
+    speaks_of_tools,
+    template_knows_tools,
+    template_messages,
+)
+
+
+def refusal(request_id: str, code: RefusalCode, message: str, param: str) -> RequestRefused:
+    """The exception that refuses a request because of its field ``param``."""
+    return RequestRefused(Refused(request_id=request_id, code=code, message=message, param=param))
+
+
+class ChatTemplate:
+    """Renders conversations, and knows how the model writes calls of tools.
+
+    ``added_ids`` are the tokens added to the vocabulary and their ids; ``tool_format`` overrides what the template
+    tells of calls.
+    """
+
+    def __init__(self, tokenizer: Any, added_ids: Mapping[str, int], tool_format: ToolFormat | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._added_ids = added_ids
+        self._tool_format = tool_format
+
+    def render(self, prompt: ChatPrompt, request_id: str) -> str:
+        """The text of a conversation; raises RequestRefused."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            message = "this model has no chat template, so it cannot chat; use /v1/completions"
+            raise refusal(request_id, "unsupported", message, "messages")
+        if speaks_of_tools(prompt) and not self._knows_tools:
+            message = "this model's chat template knows no tools; leave out 'tools' and what came of them"
+            raise refusal(request_id, "unsupported", message, "tools" if prompt.tools else "messages")
+        tools = [json.loads(tool) for tool in prompt.tools] or None
+        try:
+            return self._apply(template_messages(prompt), tools, prompt.add_generation_prompt)
+        except TEMPLATE_ERRORS as error:
+            message = f"the model's chat template does not take these messages: {error}"
+            raise refusal(request_id, "invalid_request", message, "messages") from error
+
+    def _apply(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool = True
+    ) -> str:
+        text = self._tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return str(text)
+
+    @cached_property
+    def _knows_tools(self) -> bool:
+        return template_knows_tools(self._apply)
+
+    @cached_property
+    def call_syntax(self) -> CallSyntax | None:
+        """How the model writes calls; None where neither its template nor the configuration tells."""
+        template = self._tokenizer.chat_template or ""
+        if isinstance(template, dict):  # several by name, as transformers has it
+            template = template.get("tool_use") or template.get("default", "")
+        tool_format = self._tool_format or find_tool_format(template)
+        if tool_format is None:
+            return None
+        names_function_first = tool_format == "mistral" and "[ARGS]" in template
+        return CallSyntax(format=tool_format, marker=self._added_ids.get, names_function_first=names_function_first)
