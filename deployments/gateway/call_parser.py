@@ -289,12 +289,11 @@ class CallParser:
 
     def _llama3_json(self) -> Script:
         character = yield from self._visible()
-        if character == "<":
-            yield from self._skip("<|python_tag|>")
-            character = (yield from self._visible()) if not self._held else character
+        if character == "<" and (yield from self._expect("<|python_tag|>")):
+            character = yield from self._visible()
         while character == "{":
             yield from self._call(CallReader(self.num_calls, self._names), character, closing=";")
-            character = (yield from self._visible()) if self._after_call and not self._held else ""
+            character = "" if self._held else (yield from self._visible())
         yield from self._text_until(None)
 
     def _list(self) -> Script:
@@ -358,13 +357,17 @@ class CallParser:
     def _skip(self, text: str) -> Script:
         """Let ``text`` go unheard; what comes instead of it stays held."""
         self._noise = text
+        yield
+        if (yield from self._expect(text)):
+            self._held = ""
+
+    def _expect(self, text: str) -> Generator[None, str, bool]:
+        """Hold what comes, from its first character on, until it is ``text`` or something else; whether it is."""
         while True:
-            yield
             held = self._held.strip(_SPACE)
-            if held == text:
-                self._held = ""
             if held == text or not text.startswith(held):
-                return
+                return held == text
+            yield
 
     def _visible(self) -> Generator[None, str, str]:
         """The next character that is not white space."""

@@ -1,5 +1,7 @@
 """Small tokenizers built on the spot: byte-level BPE, sentencepiece with byte fallback, and WordPiece."""
 
+from collections.abc import Sequence
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,14 +15,30 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+HERMES_TEMPLATE = (
+    "{% if tools %}{{ '<|system|>Tools:' }}"
+    "{% for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}"
+    "{{ '\nAnswer with <tool_call>{name, arguments}</tool_call>.\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ '<tool_call>' + call.function.name + (call.function.arguments | tojson) + '</tool_call>' }}"
+    "{% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""A template that shows tools and calls, as those of Qwen and Hermes do."""
+
 EOS_ID = 0
 """End of text in every tokenizer of this module."""
 
 _MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld"]
 
 
-def byte_level_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Every byte is a token (ids 2..257), a few merges, ``<|end|>`` is 0 and ``<|tag é|>`` an added plain token."""
+def byte_level_tokenizer(
+    *, chat_template: str | None = CHAT_TEMPLATE, added: Sequence[str] = (), special: bool = False
+) -> PreTrainedTokenizerFast:
+    """Every byte is a token (ids 2..257), a few merges, ``<|end|>`` is 0 and ``<|tag 世|>`` an added plain token.
+
+    ``added`` are more added tokens, ``special`` or plain.
+    """
     vocab = {"<|end|>": EOS_ID, "<|pad|>": 1}
     for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab[character] = len(vocab)
@@ -32,6 +50,7 @@ def byte_level_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTra
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|end|>", "<|pad|>"])
     backend.add_tokens([AddedToken("<|tag \u4e16|>", special=False, normalized=False)])
+    backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>", chat_template=chat_template
     )

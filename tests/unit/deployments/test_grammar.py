@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from deployments.messages import Grammar, SamplingParams, SequenceStart
 from deployments.runtime.grammar import GrammarCompiler, GrammarError
 from deployments.runtime.sample import Sampler
+from tests.support.constrained import VOCABULARY, logits, run
 from tests.support.json_schemas import schemas
 from tests.support.tiny_tokenizer import EOS_ID, byte_level_tokenizer, tiny_text
 
 TEXT = tiny_text()
-VOCABULARY = TEXT.vocab_size + 7
-"""Logits have more rows than the tokenizer has tokens, as padded embeddings do."""
 
 
 @pytest.fixture(scope="module")
@@ -41,31 +40,6 @@ def start(
 ) -> SequenceStart:
     sampling = SamplingParams(**({"max_tokens": 400, "grammar": constraint} | params))
     return SequenceStart(1, (5, 6, *emitted), 2, sampling, seed, 0, () if sampling.ignore_eos else (EOS_ID,))
-
-
-def logits(seed: int, position: int) -> torch.Tensor:
-    """What a model without any sense says, as a function of the position."""
-    generator = torch.Generator().manual_seed(seed * 1000 + position)
-    return torch.randn((1, VOCABULARY), generator=generator) * 3
-
-
-def run(
-    compiler: GrammarCompiler, begin: SequenceStart, *, seed: int = 0, bias: dict[int, float] | None = None
-) -> tuple[list[int], bool]:
-    """Tokens until the sequence ends or has 400, as a stage and its replica would; and whether it ended."""
-    sampler = Sampler(compiler)
-    sampler.start(begin)
-    tokens = list(begin.token_ids[begin.num_prompt_tokens :])
-    while len(tokens) < 400:
-        row = logits(seed, len(tokens))
-        for token_id, value in (bias or {}).items():
-            row[0, token_id] += value
-        sample = sampler.sample([1], row)[0]
-        assert sample.problem is None, sample.problem
-        tokens.append(sample.token_id)
-        if sample.ended:
-            return tokens, True
-    return tokens, False
 
 
 def text_of(tokens: list[int]) -> str:
