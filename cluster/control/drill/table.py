@@ -11,12 +11,12 @@ from rich.text import Text
 from cluster.control.drill.parts import DETECT
 from cluster.control.drill.phase import Result, Scenario
 
-_COLUMNS = ("scenario", "asked", "failed", "changed", "gap p50/max s", "detect s", "recover s", "verdict")
+_COLUMNS = ("scenario", "asked", "failed", "changed", "gap p50/max", "detect", "recover", "verdict")
 
 
 def results_view(results: Sequence[Result], notes: Sequence[str]) -> RenderableType:
     """The table, then every broken promise in full, then what a person should know."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name in ("scenario", "verdict") else "right")
     for result in results:
@@ -45,10 +45,10 @@ def _row(result: Result) -> tuple[str, ...]:
 
 
 def _times(result: Result) -> tuple[str, str, str]:
-    detect = f"{result.parts[DETECT].mean_s:.2f}" if DETECT in result.parts else ""
+    detect = f"{result.parts[DETECT].mean_s:.2f} s" if DETECT in result.parts else ""
     if result.pause is None:
         return "", detect, ""
-    return f"{result.pause.p50_s:.1f}/{result.pause.max_s:.1f}", detect, f"{result.pause.recover_s:.1f}"
+    return f"{result.pause.p50_s:.1f}/{result.pause.max_s:.1f} s", detect, f"{result.pause.recover_s:.1f} s"
 
 
 def _broken_lines(result: Result) -> list[str]:

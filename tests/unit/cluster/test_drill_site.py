@@ -246,7 +246,8 @@ def test_results_fit_80_columns_and_say_what_was_broken(capsys) -> None:
     Console(width=80).print(results_view(results, ["answers are compared"]))
     shown = capsys.readouterr().out
     assert max(len(line) for line in shown.splitlines()) <= 80
-    assert "123.4/234.6" in shown
+    assert "123.4/234.6 s  6.00 s  345.7 s  kept" in shown
+    assert "kill-replica" in shown, "names are whole"
     for text in (
         "kept",
         "BROKEN",
