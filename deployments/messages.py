@@ -256,6 +256,7 @@ class Detokenized(Message, frozen=True, kw_only=True):
 RefusalCode = Literal[
     "invalid_request",  # the client can mend it: 400
     "context_length_exceeded",  # prompt and limit do not fit the context: 400
+    "model_not_found",  # nothing serves it any more: 404
     "unsupported",  # this model or version cannot do it: 400
     "overloaded",  # queue full: 429 and retry_after_s
     "deadline_exceeded",  # 408

@@ -56,5 +56,7 @@ class GatewaySection(StrictModel):
     """Gateway processes; add some when one cannot keep up with the number of streams."""
     cpus: Amount = 0.1
     """Cores each gateway process reserves in Ray; it may use more when they are idle."""
+    drain_timeout: PositiveSeconds = 60.0
+    """How long a gateway process that is replaced or stopped lets requests finish; then they end with an error."""
     limits: LimitsSection = LimitsSection()
     """What requests may ask for; changed in place, without a restart."""

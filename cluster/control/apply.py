@@ -35,7 +35,7 @@ from cluster.plan.diff import (
     routing_between,
     routing_for_now,
 )
-from cluster.plan.serve_app import GATEWAY_APP, ServeApp, gateway_app, model_apps, serve_config
+from cluster.plan.serve_app import GATEWAY_APP, NO_PROXIES, ServeApp, gateway_app, model_apps, serve_config
 from cluster.plan.types import Plan
 from cluster.registry.store import Registry
 
@@ -172,7 +172,7 @@ class _Rollout:
 
     def _put(self) -> None:
         applications = [*self._observed.foreign_configs(), *self._apps.values()]
-        self._dashboard.put_applications(serve_config(self._plan, applications))
+        self._dashboard.put_applications(serve_config(self._observed.proxies or NO_PROXIES, applications))
 
     def _wait(self, names: Sequence[str]) -> None:
         failed = await_apps(self._dashboard, names, self._report.apps, timeout_s=self._timeout_s)

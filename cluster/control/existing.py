@@ -7,6 +7,7 @@ from cluster.control.observe import observe
 from cluster.control.wait import await_gone, longest_drain_s
 from cluster.errors import ControlError
 from cluster.plan.diff import belongs_to_another
+from cluster.plan.serve_app import serve_config
 
 _STOP_TIMEOUT_S = 180.0
 """Beyond the longest drain of the applications."""
@@ -36,7 +37,6 @@ class ExistingRay:
         Applications that were deployed by other means than REST are not in the body, and Serve leaves them alone.
         """
         dashboard = self.dashboard()
-        details = dashboard.serve_details()
         observed = observe(dashboard)
         if not observed.own:
             return False
@@ -44,13 +44,8 @@ class ExistingRay:
             raise ControlError(f"cluster {self._cluster}: {belongs_to_another(observed.owner)}")
         for name in observed.own:
             say(f"Removing application {name}.")
-        dashboard.put_applications(
-            {
-                "proxy_location": details["proxy_location"],
-                "http_options": {key: details["http_options"][key] for key in ("host", "port")},
-                "applications": observed.foreign_configs(),
-            }
-        )
+        assert observed.proxies is not None, "applications without a running Serve; this is a bug"
+        dashboard.put_applications(serve_config(observed.proxies, observed.foreign_configs()))
         drain_s = longest_drain_s(app.config for app in observed.own.values())
         await_gone(dashboard, sorted(observed.own), timeout_s=drain_s + _STOP_TIMEOUT_S)
         return True

@@ -8,7 +8,7 @@ import psutil
 
 from cluster.control.dashboard import Dashboard
 from cluster.plan.diff import Observed, ObservedApp
-from cluster.plan.serve_app import is_own
+from cluster.plan.serve_app import ServeProxies, is_own
 from cluster.plan.types import PlanModel
 
 _STAGE_NAME = re.compile(r"manta:(?P<app>[^:]+):(?P<replica>[^:]+):stage-(?P<index>[0-9]+)(?::[0-9]+)?")
@@ -85,11 +85,20 @@ def observe(dashboard: Dashboard | None) -> Observed:
 
 def observed_from(details: dict[str, Any]) -> Observed:
     """Serve's own account of itself, as far as the diff needs it."""
-    http = details.get("http_options") or {}
-    address = (http["host"], http["port"]) if "port" in http and details.get("controller_info") else None
     staying = {name: app for name, app in details["applications"].items() if app["status"] != "DELETING"}
     apps = {name: _observed_app(name, app) for name, app in staying.items()}
-    return Observed(ray_running=True, http_address=address, apps=apps)
+    return Observed(ray_running=True, proxies=_proxies(details), apps=apps)
+
+
+def _proxies(details: dict[str, Any]) -> ServeProxies | None:
+    """Serve's own HTTP settings, as a PUT has to repeat them; None while Serve does not run."""
+    if not details.get("controller_info"):
+        return None
+    http = details.get("http_options") or {}
+    return {
+        "proxy_location": details["proxy_location"],
+        "http_options": {key: http[key] for key in ("host", "port") if key in http},
+    }
 
 
 def _observed_app(name: str, app: dict[str, Any]) -> ObservedApp:
@@ -169,21 +178,21 @@ def status_from(name: str, dashboard_url: str, details: dict[str, Any], processe
     own = [app for app in details["applications"].values() if is_own(app.get("deployed_app_config") or {})]
     models: dict[str, list[VersionStatus]] = {}
     tasks: dict[str, str] = {}
-    gateway = None
+    gateway = url = None
     for app in own:
         args = app["deployed_app_config"]["args"]
         version = _version_status(app, args, processes)
         if "model" not in args:
             gateway = version
+            url = f"http://{args['http_host']}:{args['http_port']}" if "http_port" in args else None
             continue
         models.setdefault(args["model"], []).append(version)
         tasks[args["model"]] = args["task"]
-    http = details.get("http_options") or {}
     return ClusterStatus(
         name=name,
         ray="running",
         dashboard=dashboard_url,
-        url=f"http://{http['host']}:{http['port']}" if gateway is not None else None,
+        url=url,
         gateway=gateway,
         models=tuple(
             ModelStatus(name=model, task=tasks[model], versions=tuple(versions)) for model, versions in models.items()

@@ -3,6 +3,8 @@
 import errno
 import socket
 
+import psutil
+
 from cluster.errors import ControlError
 
 
@@ -14,14 +16,32 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
 def require_free(port: int, key: str, host: str = "127.0.0.1") -> None:
     """Raise ControlError, with the key to change and the reason, unless a server could listen on ``host:port``."""
     refusal = _refusal(port, host)
-    if refusal is None:
-        return
+    if refusal is not None:
+        raise listening_error(refusal, port, key, host)
+
+
+def listening_error(refusal: OSError, port: int, key: str, host: str) -> ControlError:
+    """Why nothing can listen on ``host:port``, which the config has at ``key``, and what to do."""
     if refusal.errno == errno.EADDRINUSE:
-        raise ControlError(f"{key}: port {port} on {host} is taken by another process; write another port there")
-    raise ControlError(
-        f"{key}: nothing can listen on port {port} of {host} here ({refusal.strerror}); "
+        return ControlError(
+            f"{key}: port {port} on {host} is taken by {_listener(port)}; end it, or write another port there"
+        )
+    return ControlError(
+        f"{key}: nothing can listen on port {port} of {host} here ({refusal.strerror or refusal}); "
         "write a port of 1024 or more, and an address of this machine"
     )
+
+
+def _listener(port: int) -> str:
+    """Who listens on ``port``, as far as this user may see it."""
+    try:
+        found = psutil.net_connections(kind="tcp")
+        listening = [one for one in found if one.status == psutil.CONN_LISTEN and one.laddr.port == port]
+        process_ids = sorted({one.pid for one in listening if one.pid is not None})
+        names = [f"process {process_id} ({psutil.Process(process_id).name()})" for process_id in process_ids]
+    except psutil.Error:
+        names = []
+    return ", ".join(names) or "another process"
 
 
 def _refusal(port: int, host: str) -> OSError | None:

@@ -46,7 +46,7 @@ def first_answers(gateway: Gateway, models: Sequence[ModelPlan], say: Callable[[
 
 
 def _ask_until_settled(gateway: Gateway, model: ModelPlan) -> Answer:
-    """The proxy and the gateway learn of new routes a moment after Serve calls them running."""
+    """The gateway learns of new routes a moment after Serve calls it running."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
         try:

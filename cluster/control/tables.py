@@ -19,7 +19,8 @@ def plan_view(plan: Plan, actions: Iterable[Action]) -> RenderableType:
     """The plan: nodes, models with their stages, notes, and the actions that would be taken."""
     parts: list[RenderableType] = [Text(f"Cluster {plan.name}", style="bold")]
     parts.extend(Text(f"  {_node_line(node)}") for node in plan.nodes)
-    parts.append(Text(f"  HTTP at {plan.http_host}:{plan.http_port}, {plan.gateway.num_replicas} gateway"))
+    gateway = plan.gateway
+    parts.append(Text(f"  HTTP at {gateway.http_host}:{gateway.http_port}, {gateway.num_replicas} gateway"))
     for model in plan.models:
         parts.extend(["", *_model_parts(model)])
     parts.extend(["", Text("Actions", style="bold")])

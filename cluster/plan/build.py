@@ -36,8 +36,11 @@ def build_plan(config: ClusterConfig, versions: Mapping[str, KnownVersion], code
     """
     nodes = tuple(_node_plan(group) for group in config.cluster.nodes)
     gateway = GatewayAppArgs(
+        http_host=config.gateway.http.host,
+        http_port=config.gateway.http.port,
         num_replicas=config.gateway.replicas,
         cpus=config.gateway.cpus,
+        drain_timeout_s=config.gateway.drain_timeout,
         code_digest=code_digest,
         cluster=config.name,
     )
@@ -47,14 +50,10 @@ def build_plan(config: ClusterConfig, versions: Mapping[str, KnownVersion], code
     apps = [model.args for model in models if model.args is not None]
     check_capacity(apps, gateway, nodes)
     surge = can_surge(apps, gateway, nodes)
-    local = config.cluster.provider.kind == "local"
     return Plan(
         name=config.name,
         storage=config.storage_root,
         provider=config.cluster.provider.kind,
-        proxy_location="HeadOnly" if local else "EveryNode",
-        http_host=config.gateway.http.host,
-        http_port=config.gateway.http.port,
         runtime_env={"working_dir": config.cluster.code.uri} if isinstance(config.cluster.code, UriCode) else {},
         nodes=nodes,
         models=models,

@@ -21,19 +21,13 @@ from cluster.plan.serve_app import (
     GATEWAY_DEPLOYMENT,
     IN_PLACE,
     ServeApp,
+    ServeProxies,
     gateway_app,
     is_own,
     model_apps,
 )
 from cluster.plan.types import Plan, Route, RoutingTable
 
-_RESTART_SERVE = {
-    "local": "run `manta down` and then `manta up`",
-    "existing": (
-        "have Serve ended on that cluster (`serve shutdown` there; it ends every application, and `manta down` does "
-        "not do it) and run `manta up` again"
-    ),
-}
 _COMPARED_KEYS = ("import_path", "route_prefix", "args", "runtime_env")
 
 
@@ -51,10 +45,10 @@ class ObservedApp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What runs: whether Ray does, Serve's HTTP address if Serve does, and every application on it."""
+    """What runs: whether Ray does, the proxies that Serve runs with if it does, and every application on it."""
 
     ray_running: bool
-    http_address: tuple[str, int] | None = None
+    proxies: ServeProxies | None = None
     apps: Mapping[str, ObservedApp] = field(default_factory=dict)
 
     @property
@@ -152,11 +146,9 @@ def diff(plan: Plan, observed: Observed) -> tuple[Action, ...]:
     """Actions that turn ``observed`` into ``plan``, in order; ``(Nothing(),)`` when there are none.
 
     A plan with models that are not imported yet yields what comes before and the imports; their applications are
-    planned after. Raises PlanError when what runs there belongs to a cluster of another name, or when Serve runs on
-    another HTTP address, which Ray cannot change while it runs.
+    planned after. Raises PlanError when what runs there belongs to a cluster of another name.
     """
     _check_owner(plan, observed)
-    _check_address(plan, observed)
     actions: list[Action] = []
     actions.extend(_import(model.name, model.source) for model in plan.missing)
     if not observed.ray_running:
@@ -175,18 +167,6 @@ def belongs_to_another(owner: str | None) -> str:
     return (
         f"this Ray already serves cluster {owner}, and one Ray serves one cluster; use a Ray cluster of its own "
         f"(cluster.provider), or run `manta down` with the config of {owner} first"
-    )
-
-
-def _check_address(plan: Plan, observed: Observed) -> None:
-    wanted = (plan.http_host, plan.http_port)
-    if observed.http_address in (None, wanted):
-        return
-    assert observed.http_address is not None
-    host, port = observed.http_address
-    raise PlanError(
-        f"gateway.http: {wanted[0]}:{wanted[1]}, but Serve already listens on {host}:{port} and Ray cannot change "
-        f"that while it runs; set gateway.http to {host}:{port}, or {_RESTART_SERVE[plan.provider]}"
     )
 
 
@@ -274,16 +254,10 @@ def _successors(app: ObservedApp, plan: Plan) -> set[str]:
 
 def _check_foreign(desired: Mapping[str, ServeApp], observed: Observed) -> None:
     for name, app in observed.apps.items():
-        foreign = not is_own(app.config)
-        if foreign and (name in desired or name == GATEWAY_APP):
+        if not is_own(app.config) and (name in desired or name == GATEWAY_APP):
             raise PlanError(
                 f"the cluster already runs an application named {name} that Manta did not deploy "
                 f"({app.config.get('import_path')}); remove it, or rename the model"
-            )
-        if foreign and app.config.get("route_prefix", "/") == "/":
-            raise PlanError(
-                f"application {name}, which Manta did not deploy, already serves the route / that the gateway needs; "
-                "give it another route_prefix, or use another cluster"
             )
 
 

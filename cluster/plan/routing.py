@@ -33,4 +33,5 @@ def _route(model: ModelPlan) -> Route:
         context_tokens=model.args.context_tokens,
         created=model.created,
         targets=(target,),
+        min_replicas=model.args.replicas.min,
     )

@@ -34,6 +34,9 @@ _GRACE_S = 10.0
 ServeApp = dict[str, Any]
 """One entry of ``applications``, as Ray's ServeApplicationSchema has it."""
 
+ServeProxies = dict[str, Any]
+"""``proxy_location`` and ``http_options`` of Ray's ServeDeploySchema."""
+
 
 def model_app(model: ModelApp, runtime_env: dict[str, str]) -> ServeApp:
     """The application of one model version. It has no route: requests reach it through the gateway."""
@@ -70,13 +73,22 @@ def _autoscaling(replicas: ReplicaRange) -> dict[str, Any]:
 
 
 def gateway_app(args: GatewayAppArgs, routing: RoutingTable, runtime_env: dict[str, str]) -> ServeApp:
-    """The application of the gateway; ``routing`` is replaced in place when only it changes."""
+    """The application of the gateway; ``routing`` is replaced in place when only it changes.
+
+    It has no route either: it listens by itself, and a proxy of Serve, where there is one, is not its business.
+    """
     app: ServeApp = {
         "name": GATEWAY_APP,
         "import_path": GATEWAY_BUILDER,
-        "route_prefix": "/",
+        "route_prefix": None,
         "args": args.model_dump(mode="json"),
-        "deployments": [{"name": GATEWAY_DEPLOYMENT, "user_config": routing.model_dump(mode="json")}],
+        "deployments": [
+            {
+                "name": GATEWAY_DEPLOYMENT,
+                "graceful_shutdown_timeout_s": args.drain_timeout_s + _GRACE_S,
+                "user_config": routing.model_dump(mode="json"),
+            }
+        ],
     }
     return app | ({"runtime_env": dict(runtime_env)} if runtime_env else {})
 
@@ -86,13 +98,16 @@ def model_apps(plan: Plan) -> list[ServeApp]:
     return [model_app(model.args, plan.runtime_env) for model in plan.models if model.args is not None]
 
 
-def serve_config(plan: Plan, applications: Sequence[ServeApp]) -> dict[str, Any]:
-    """The whole body of the PUT; applications that are not in it are removed by Serve."""
-    return {
-        "proxy_location": plan.proxy_location,
-        "http_options": {"host": plan.http_host, "port": plan.http_port},
-        "applications": list(applications),
-    }
+NO_PROXIES: ServeProxies = {"proxy_location": "Disabled"}
+"""Of a Serve that Manta starts: the gateway listens by itself, and no port is opened that the YAML does not name."""
+
+
+def serve_config(proxies: ServeProxies, applications: Sequence[ServeApp]) -> dict[str, Any]:
+    """The whole body of the PUT; applications that are not in it are removed by Serve.
+
+    ``proxies`` are those that Serve runs with, which it cannot change: any other value would only make it warn.
+    """
+    return {**proxies, "applications": list(applications)}
 
 
 def is_own(app: ServeApp) -> bool:

@@ -155,6 +155,8 @@ class Route(PlanModel):
     created: int
     """Unix time the served version was published, seconds."""
     targets: tuple[RouteTarget, ...]
+    min_replicas: int = 1
+    """0 where no replica is no fault: the next request starts one."""
 
 
 class GatewaySettings(PlanModel):
@@ -181,8 +183,12 @@ class RoutingTable(PlanModel):
 class GatewayAppArgs(PlanModel):
     """Arguments of ``deployments.app:build_gateway``."""
 
+    http_host: str
+    http_port: int
     num_replicas: int
     cpus: float
+    drain_timeout_s: float
+    """How long a gateway process that is replaced or stopped lets its requests finish."""
     code_digest: str
     cluster: str = ""
     """Name of the cluster that the gateway, and so everything of Manta's beside it, belongs to."""
@@ -233,9 +239,6 @@ class Plan(PlanModel):
     storage: str
     provider: Literal["local", "existing"]
     """Whether Manta starts and stops the Ray cluster itself."""
-    proxy_location: Literal["HeadOnly", "EveryNode"]
-    http_host: str
-    http_port: int
     runtime_env: dict[str, str]
     """Serve ``runtime_env`` of every application; empty when the code is installed on the nodes."""
     nodes: tuple[NodePlan, ...]

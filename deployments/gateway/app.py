@@ -7,6 +7,7 @@ from starlette.responses import Response
 from deployments.gateway.admission import Permits
 from deployments.gateway.backend import Backend
 from deployments.gateway.call import Call
+from deployments.gateway.closing import Closing
 from deployments.gateway.gate import Gate, error_response
 from deployments.gateway.http import Endpoints
 from deployments.gateway.openapi import document
@@ -24,25 +25,24 @@ def create_app(
     telemetry: Telemetry | None = None,
     *,
     heartbeat_s: float = HEARTBEAT_S,
-    answers_request_id: bool = True,
+    closing: Closing | None = None,
 ) -> FastAPI:
     """The gateway over ``backend``.
 
     Limits are ``backend.table.settings``, read at every request, so that a new table is in force at once. A stream
-    that is silent for ``heartbeat_s`` gets a comment. ``answers_request_id`` is False behind a server that writes the
-    ``x-request-id`` response header itself, as Ray Serve does: it would be there twice.
+    that is silent for ``heartbeat_s`` gets a comment. ``closing`` is that of the server, which knows when it stops.
     """
-    permits = Permits()
+    permits, closing = Permits(), closing if closing is not None else Closing()
     app = FastAPI(title="Manta", version="1", description=_DESCRIPTION, redirect_slashes=False, redoc_url=None)
     app.add_middleware(
         Gate,
         settings=lambda: backend.table.settings,
         telemetry=telemetry if telemetry is not None else NoTelemetry(),
         permits=permits,
-        answers_request_id=answers_request_id,
+        closing=closing,
     )
     app.add_exception_handler(HTTPException, _answer_http_error)  # type: ignore[arg-type]
-    Endpoints(backend, heartbeat_s, permits).add_to(app)
+    Endpoints(backend, heartbeat_s, permits, closing).add_to(app)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
 

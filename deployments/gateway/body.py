@@ -1,5 +1,6 @@
 """Bytes of a request body in, checked JSON values out: size limit, UTF-8, strict JSON, no lone surrogates."""
 
+import asyncio
 import json
 import re
 from collections import Counter
@@ -8,23 +9,39 @@ from typing import Any, NoReturn
 
 from deployments.gateway.errors import ApiError
 
+UPLOAD_STALL_S = 30.0
+
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 async def read_limited(headers: Mapping[str, str], chunks: AsyncIterator[bytes], max_bytes: int) -> bytes:
-    """The whole body; ApiError ``body_too_large`` by its announced length, or as soon as that many bytes arrived."""
+    """The whole body; ApiError ``body_too_large`` by its announced length, or as soon as that many bytes arrived.
+
+    ApiError ``client_too_slow`` when nothing comes for ``UPLOAD_STALL_S``.
+    """
     announced = headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > max_bytes):
         raise _too_large(max_bytes)
     parts: list[bytes] = []
     num_bytes = 0
-    async for chunk in chunks:
+    iterator = aiter(chunks)
+    while (chunk := await _next(iterator)) is not None:
         num_bytes += len(chunk)
         if num_bytes > max_bytes:
             raise _too_large(max_bytes)
         parts.append(chunk)
     return b"".join(parts)
+
+
+async def _next(chunks: AsyncIterator[bytes]) -> bytes | None:
+    """The next chunk, None after the last; the client may take its time, but not stop sending."""
+    try:
+        async with asyncio.timeout(UPLOAD_STALL_S):
+            return await anext(chunks, None)
+    except TimeoutError as error:
+        message = f"No more of the request body came for {UPLOAD_STALL_S:g} s."
+        raise ApiError("client_too_slow", message) from error
 
 
 def _too_large(max_bytes: int) -> ApiError:

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from cluster.plan.types import GatewaySettings
+from deployments.gateway.closing import Closing
 from deployments.gateway.errors import CLIENT_GONE_STATUS, ApiError, as_api_error
 from deployments.gateway.telemetry import Telemetry
 from deployments.messages import Delta, Started, ToolFormat
@@ -22,6 +24,7 @@ class Call:
     settings: GatewaySettings
     arrived_at: float
     telemetry: Telemetry
+    closing: Closing
     model: str = ""
     user: str | None = None
     failure: ApiError | None = None
@@ -37,6 +40,10 @@ class Call:
     def deadline(self) -> float:
         """When the request must have been answered."""
         return self.arrived_at + self.settings.request_timeout_s
+
+    def limit(self) -> AbstractAsyncContextManager[None]:
+        """Every wait of the request is under this: it ends at the deadline, or when the process has to stop."""
+        return self.closing.limit(self.deadline)
 
     @property
     def elapsed_s(self) -> float:

@@ -26,6 +26,8 @@ KINDS: Mapping[str, Kind] = {
     "duplicate_key": _INVALID,
     "invalid_unicode": _INVALID,
     "invalid_header": _INVALID,
+    "invalid_http": _INVALID,
+    "head_too_large": Kind(431, "invalid_request_error"),
     # One field of it
     "missing_required_parameter": _INVALID,
     "unknown_parameter": _INVALID,
@@ -55,6 +57,7 @@ KINDS: Mapping[str, Kind] = {
     "internal": Kind(500, "server_error"),
     # The gateway's own
     "body_too_large": Kind(413, "invalid_request_error"),
+    "client_too_slow": Kind(408, "timeout_error"),
     "unavailable": Kind(503, "service_unavailable_error"),
     "http_error": Kind(500, "server_error"),
 }
@@ -112,6 +115,8 @@ def as_api_error(error: BaseException, request_id: str, timeout_s: float) -> Api
     match error:
         case ApiError():
             return error
+        case RequestRefused(refused=refused) if refused.code == "internal":  # may tell of hosts and of our code
+            return ApiError("internal", f"The model could not finish this request. Request id: {request_id}.")
         case RequestRefused():
             refused = error.refused
             return ApiError(refused.code, refused.message, param=refused.param, retry_after_s=refused.retry_after_s)

@@ -11,7 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.plan.types import GatewaySettings
 from deployments.gateway.admission import Permits
 from deployments.gateway.call import Call
+from deployments.gateway.closing import Closing
 from deployments.gateway.errors import ApiError, ClientGone
+from deployments.gateway.protocol import STALL_TIMEOUT_S, STALLED
 from deployments.gateway.telemetry import Telemetry
 
 MODEL_ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"})
@@ -30,13 +32,13 @@ class Gate:
         settings: Callable[[], GatewaySettings],
         telemetry: Telemetry,
         permits: Permits,
-        answers_request_id: bool,
+        closing: Closing,
     ) -> None:
         self._app = app
         self._settings = settings
         self._telemetry = telemetry
         self._permits = permits
-        self._answers_request_id = answers_request_id
+        self._closing = closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request: refuse it, or let it through and report how it ended."""
@@ -55,6 +57,11 @@ class Gate:
         finally:
             call.close()
 
+    def _own_headers(self, call: Call) -> list[tuple[bytes, bytes]]:
+        """What every response carries beside its own headers."""
+        own = [(b"x-request-id", call.request_id.encode())]
+        return [*own, (b"connection", b"close")] if self._closing.is_closing else own
+
     def _open(self, scope: Scope) -> Call:
         unique_id = secrets.token_hex(12)
         return Call(
@@ -64,6 +71,7 @@ class Gate:
             settings=self._settings(),
             arrived_at=asyncio.get_running_loop().time(),
             telemetry=self._telemetry,
+            closing=self._closing,
         )
 
     async def _pass(self, call: Call, scope: Scope, receive: Receive, send: Send, *, counted: bool) -> None:
@@ -73,9 +81,7 @@ class Gate:
             nonlocal answering
             if message["type"] == "http.response.start":
                 answering = True
-                if self._answers_request_id:
-                    tag = (b"x-request-id", call.request_id.encode())
-                    message = {**message, "headers": [*message.get("headers", ()), tag]}
+                message = {**message, "headers": [*message.get("headers", ()), *self._own_headers(call)]}
             return send(message)
 
         try:
@@ -86,7 +92,10 @@ class Gate:
             with self._permits.hold(call):
                 await self._app(scope, receive, send_tagged)
         except ClientGone:
-            call.client_gone = True
+            if scope["state"].get(STALLED):
+                call.fail(ApiError("client_too_slow", f"The client took nothing for {STALL_TIMEOUT_S:g} s."))
+            else:
+                call.client_gone = True
         except asyncio.CancelledError:
             call.client_gone = True
             raise

@@ -1,6 +1,5 @@
 """The routes: an HTTP request in, a response out; each reads its body, asks the backend, writes OpenAI's answer."""
 
-import asyncio
 import base64
 import time
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from deployments.gateway.backend import Backend
 from deployments.gateway.body import parse_json, read_limited
 from deployments.gateway.call import Call
 from deployments.gateway.chunks import ChunkEncoder
+from deployments.gateway.closing import Closing
 from deployments.gateway.collect import Collector, Dialect, Identity
 from deployments.gateway.errors import ApiError, ClientGone
 from deployments.gateway.invalid import validate
@@ -73,8 +73,9 @@ AnyRequest = TypeVar("AnyRequest", bound=ModelRequest)
 class Endpoints:
     """One method a route; stateless but for the backend."""
 
-    def __init__(self, backend: Backend, heartbeat_s: float, permits: Permits) -> None:
+    def __init__(self, backend: Backend, heartbeat_s: float, permits: Permits, closing: Closing) -> None:
         self._backend = backend
+        self._closing = closing
         self._permits = permits
         self._heartbeat_s = heartbeat_s
 
@@ -107,7 +108,7 @@ class Endpoints:
         """One vector for every input."""
         call, body, route = await self._open(request, EmbeddingRequest, "embed")
         message = embed_message(body, call)
-        async with asyncio.timeout_at(call.deadline):
+        async with call.limit():
             work = self._backend.embed(route.model, message)
             embedded, vectors = await while_connected(work, request.receive)
         call.num_prompt_tokens = embedded.num_prompt_tokens
@@ -127,7 +128,7 @@ class Endpoints:
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text, or of a conversation as the model would see it."""
         call, body, route = await self._open(request, TokenizeRequest, None)
-        async with asyncio.timeout_at(call.deadline):
+        async with call.limit():
             work = self._backend.tokenize(route.model, tokenize_message(body, call))
             tokenized = await while_connected(work, request.receive)
         answer = TokenizeResponse(
@@ -142,15 +143,16 @@ class Endpoints:
         """Text of token ids."""
         call, body, route = await self._open(request, DetokenizeRequest, None)
         message = Detokenize(request_id=call.backend_id(), token_ids=tuple(body.tokens))
-        async with asyncio.timeout_at(call.deadline):
+        async with call.limit():
             detokenized = await while_connected(self._backend.detokenize(route.model, message), request.receive)
         return _json(DetokenizeResponse(prompt=detokenized.text))
 
     async def health(self) -> Response:
         """Whether requests can be answered now; 503 and the reason where they cannot."""
         health = self._backend.health()
-        if health.status != "ok":
-            raise ApiError("unavailable", f"The server is {health.status}.", retry_after_s=1.0)
+        status = "draining" if self._closing.is_closing else health.status
+        if status != "ok":
+            raise ApiError("unavailable", f"The server is {status}.", retry_after_s=1.0)
         models = [HealthModel(**asdict(model)) for model in health.models]
         return _json(HealthResponse(status="ok", num_requests=self._permits.num_held, models=models))
 
@@ -160,7 +162,7 @@ class Endpoints:
         """The checked body, and the route of the model it names."""
         call: Call = request.state.call
         try:
-            async with asyncio.timeout_at(call.deadline):
+            async with call.limit():
                 raw = await read_limited(request.headers, request.stream(), call.settings.max_body_bytes)
         except ClientDisconnect as error:
             raise ClientGone from error
@@ -204,7 +206,7 @@ async def _whole(
 ) -> Response:
     """Everything the streams bring, as one answer."""
     collector = Collector(generation.num_choices, generation.n, generation.wants_logprobs)
-    async with asyncio.timeout_at(call.deadline), streams:
+    async with call.limit(), streams:
         async for batch in streams:
             collector.add(batch)
     if dialect == "chat":

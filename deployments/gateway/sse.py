@@ -80,7 +80,7 @@ class StreamingAnswer(Response):
 
     async def _send(self, send: Send) -> None:
         try:
-            async with asyncio.timeout_at(self._call.deadline), self._streams:
+            async with self._call.limit(), self._streams:
                 await self._send_deltas(send)
                 last = self._encoder.usage(self._streams.usage) if self._include_usage else b""
                 await self._write(send, last + DONE)

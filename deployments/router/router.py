@@ -155,7 +155,7 @@ class Router:
         """The replicas that a new request goes to."""
         route = self.find(model)
         if route is None:
-            raise _refused(request_id, "invalid_request", f"model {model!r} is no longer served")
+            raise _refused(request_id, "model_not_found", f"The model {model!r} is no longer served.")
         target = choose_target(route.targets, random.random())  # noqa: S311 - a traffic split, not a secret
         return self._pools[target.app]
 

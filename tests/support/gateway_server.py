@@ -5,30 +5,36 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import uvicorn
 from fastapi import FastAPI
+
+from deployments.gateway.closing import Closing
+from deployments.gateway.server import HttpServer
+
+
+def listen(*, send_buffer_bytes: int | None = None) -> socket.socket:
+    """A listening socket on a free port of 127.0.0.1; accepted connections inherit the size of its send buffer."""
+    listening = socket.socket()
+    if send_buffer_bytes is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(128)
+    listening.setblocking(False)
+    return listening
 
 
 @asynccontextmanager
-async def serving(app: FastAPI) -> AsyncIterator[tuple[str, int]]:
-    """Serve ``app`` on 127.0.0.1 while the block runs; yields host and port, which accept connections at once."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(128)
-    config = uvicorn.Config(app, lifespan="off", ws="none", log_level="error", access_log=False)
-    config.load()
-    server = uvicorn.Server(config)
-    server.lifespan = config.lifespan_class(config)
-    await server.startup(sockets=[listener])
+async def serving(
+    app: FastAPI, listening: socket.socket | None = None, closing: Closing | None = None
+) -> AsyncIterator[tuple[str, int]]:
+    """Serve ``app`` while the block runs; yields host and port, which accept connections at once."""
+    listening = listen() if listening is None else listening
+    host, port = listening.getsockname()
+    server = HttpServer(app, Closing() if closing is None else closing)
+    await server.start(listening)
     try:
-        host, port = listener.getsockname()
         yield host, port
     finally:
-        for accepting in server.servers:
-            accepting.close()
-        for connection in tuple(server.server_state.connections):
-            connection.transport.close()
-        await asyncio.gather(*server.server_state.tasks)
+        await server.stop()
 
 
 async def read_response_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:

@@ -32,7 +32,8 @@ class FakeServe:
         body = self.bodies[-1]
         return {
             "controller_info": {"node_id": "n"},
-            "http_options": body["http_options"],
+            "proxy_location": body["proxy_location"],
+            "http_options": {"host": "0.0.0.0", "port": 8000},
             "applications": {app["name"]: self._details(app) for app in body["applications"]},
         }
 
@@ -101,7 +102,7 @@ def test_the_first_time_the_gateway_learns_its_routes_when_the_models_run(serve,
     assert apply(plan()) == ["start_cluster", "deploy_apps", "await_apps", "switch_routes"]
     assert serve.names() == [["gateway", "smollm2-v1"]] * 2
     assert serve.routes() == [[], ["smollm2-v1"]]
-    assert serve.bodies[0]["http_options"] == {"host": "127.0.0.1", "port": 8000}
+    assert serve.bodies[0]["proxy_location"] == "Disabled"
 
 
 def test_the_second_time_nothing_is_sent(serve, apply):
@@ -200,6 +201,7 @@ def test_a_first_version_that_does_not_start_is_taken_back(serve, apply):
 
 def test_applications_of_others_are_in_every_body(serve, apply):
     shop = {"name": "shop", "import_path": "shop:app", "route_prefix": "/shop", "args": {}}
-    serve.bodies.append({"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [shop]})
+    serve.bodies.append({"proxy_location": "EveryNode", "applications": [shop]})
     apply(plan())
     assert all("shop" in names for names in serve.names())
+    assert {body["proxy_location"] for body in serve.bodies} == {"EveryNode"}, "their proxies are not ours to change"

@@ -17,7 +17,10 @@ SERVE = "/api/serve/applications/"
 def test_observed_is_what_serve_says():
     with RecordedDashboard({SERVE: ["serve_running.json"]}) as dashboard:
         observed = observe(dashboard)
-    assert observed.http_address == ("127.0.0.1", 28000)
+    assert observed.proxies == {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": 28000},
+    }
     assert {name: (app.status, app.num_running_replicas) for name, app in observed.own.items()} == {
         "smollm2-v1": ("RUNNING", 1),
         "gateway": ("RUNNING", 1),
@@ -34,7 +37,7 @@ def test_a_cluster_without_serve_has_no_address_and_no_applications():
     with RecordedDashboard({SERVE: [empty]}) as dashboard:
         observed = observe(dashboard)
         status = cluster_status("c", dashboard)
-    assert (observed.ray_running, observed.http_address, dict(observed.apps)) == (True, None, {})
+    assert (observed.ray_running, observed.proxies, dict(observed.apps)) == (True, None, {})
     assert (status.ray, status.url, status.models) == ("running", None, ())
 
 
@@ -52,7 +55,7 @@ def test_status_lists_models_versions_replicas_and_living_stages():
         (2, (25, 30), "127.0.0.1", 28495, "ALIVE"),
     ]
     assert status.gateway is not None
-    assert status.url == "http://127.0.0.1:28000"
+    assert status.url == "http://127.0.0.1:28001"
 
 
 def test_memory_of_other_nodes_is_what_their_agents_report_and_missing_stages_are_said_to_be():
@@ -98,6 +101,7 @@ def test_down_on_an_existing_cluster_leaves_the_applications_of_others(monkeypat
         ray.dashboard().close()
     (body,) = [body for method, _, body in replay.requests if method == "PUT"]
     assert [app["name"] for app in body["applications"]] == ["toy-v1"]
+    assert body["proxy_location"] == "HeadOnly"
     assert body["http_options"] == {"host": "127.0.0.1", "port": 28000}
     assert "DELETE" not in {method for method, _, _ in replay.requests}
 

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.errors import PlanError
 from cluster.plan.build import build_plan
-from cluster.plan.serve_app import gateway_app, model_apps, serve_config
+from cluster.plan.serve_app import NO_PROXIES, gateway_app, model_apps, serve_config
 from cluster.plan.types import Plan
 from tests.unit.cluster.plan_examples import MINILM, ONE_BOX, SMOLLM2, config, facts, known, minilm_facts
 
@@ -31,7 +31,7 @@ CASES = {
     "plan_spread.json": lambda: spread().model_dump(mode="json"),
     "plan_before_import.json": lambda: build_plan(config(), {}, "digest").model_dump(mode="json"),
     "serve_two_models.json": lambda: serve_config(
-        both(), [*model_apps(both()), gateway_app(both().gateway, both().routing, {})]
+        NO_PROXIES, [*model_apps(both()), gateway_app(both().gateway, both().routing, {})]
     ),
 }
 

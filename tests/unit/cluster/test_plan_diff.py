@@ -5,7 +5,7 @@ import pytest
 from cluster.errors import PlanError
 from cluster.plan.build import build_plan
 from cluster.plan.diff import Observed, ObservedApp, diff, join, routing_for_now
-from cluster.plan.serve_app import gateway_app, model_apps
+from cluster.plan.serve_app import NO_PROXIES, gateway_app, model_apps
 from cluster.plan.types import Plan
 from tests.unit.cluster.plan_examples import MINILM, SMOLLM2, config, known, minilm_facts
 
@@ -25,7 +25,7 @@ def running(source: Plan, **statuses: str) -> Observed:
         apps[app["name"]] = ObservedApp(
             name=app["name"], status=status, config=app, num_running_replicas=int(status == "RUNNING")
         )
-    return Observed(ray_running=True, http_address=("127.0.0.1", 8000), apps=apps)
+    return Observed(ray_running=True, proxies=NO_PROXIES, apps=apps)
 
 
 def kinds(wanted: Plan, observed: Observed) -> list[tuple[object, ...]]:
@@ -218,21 +218,10 @@ def test_models_that_are_not_imported_come_first_and_do_not_remove_what_serves_t
     assert [kind for kind, *_ in kinds(wanted, STOPPED)][:2] == ["import_model", "start_cluster"]
 
 
-def test_another_http_address_is_refused_with_both_and_the_remedy():
-    observed = Observed(ray_running=True, http_address=("127.0.0.1", 8001), apps=running(plan()).apps)
-    with pytest.raises(
-        PlanError, match=r"127\.0\.0\.1:8000, but Serve already listens on 127\.0\.0\.1:8001.*manta down"
-    ):
-        diff(plan(), observed)
-
-
-def test_serve_of_an_existing_ray_is_not_restarted_by_down_and_the_remedy_says_so():
-    observed = Observed(ray_running=True, http_address=("127.0.0.1", 8001))
-    wanted = plan().model_copy(update={"provider": "existing"})
-    with pytest.raises(
-        PlanError, match=r"set gateway\.http to 127\.0\.0\.1:8001, or have Serve ended on that cluster"
-    ):
-        diff(wanted, observed)
+def test_another_port_replaces_the_gateway_alone():
+    moved = plan()
+    moved = moved.model_copy(update={"gateway": moved.gateway.model_copy(update={"http_port": 8001})})
+    assert kinds(moved, running(plan())) == [("deploy_apps", "gateway"), ("await_apps", "gateway")]
 
 
 def test_a_ray_that_serves_a_cluster_of_another_name_is_refused_with_both_names():
@@ -258,15 +247,14 @@ def foreign(name: str, route: str | None) -> Observed:
     return Observed(ray_running=True, apps={**running(plan()).apps, name: app})
 
 
-def test_applications_of_others_are_left_alone_and_repeated():
-    observed = foreign("shop", "/shop")
+@pytest.mark.parametrize("route", ["/shop", "/", None])
+def test_applications_of_others_are_left_alone_and_repeated(route):
+    observed = foreign("shop", route)
     assert kinds(plan(), observed) == [("nothing",)]
     assert [app["name"] for app in observed.foreign_configs()] == ["shop"]
 
 
 def test_applications_of_others_in_our_way_are_refused():
-    with pytest.raises(PlanError, match="already serves the route / that the gateway needs"):
-        diff(plan(), foreign("shop", "/"))
     with pytest.raises(PlanError, match=r"already runs an application named gateway that Manta did not deploy"):
         diff(plan(), foreign("gateway", "/shop"))
 

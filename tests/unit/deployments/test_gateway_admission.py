@@ -218,12 +218,6 @@ async def test_request_ids_are_echoed_and_lead_the_backends_ids() -> None:
     assert missing.headers["x-request-id"] == "trace 44"
 
 
-async def test_the_request_id_header_is_left_to_a_server_that_writes_it() -> None:
-    async with in_process(create_app(FakeBackend(), answers_request_id=False)) as client:
-        answer = await client.post(PATH, json=BODY, headers={"x-request-id": "trace 42"})
-    assert "x-request-id" not in answer.headers
-
-
 @pytest.mark.parametrize("value", [b"", b"x" * 129, b"tab\there", "é".encode()])
 async def test_a_bad_request_id_is_refused(value: bytes) -> None:
     async with in_process(create_app(FakeBackend())) as client:

@@ -261,7 +261,7 @@ async def test_tokenize_and_detokenize(client: AsyncOpenAI) -> None:
         ("overloaded", 429, openai.RateLimitError),
         ("deadline_exceeded", 408, openai.APIStatusError),
         ("draining", 503, openai.InternalServerError),
-        ("internal", 500, openai.InternalServerError),
+        ("model_not_found", 404, openai.NotFoundError),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -275,6 +275,18 @@ async def test_a_refusal_is_a_status(
     assert (caught.value.code, caught.value.param) == (code, "prompt")
     assert "because" in caught.value.message
     assert caught.value.response.headers["retry-after"] == "3"
+
+
+async def test_an_internal_refusal_tells_the_request_id_and_keeps_the_detail_in_the_log(
+    client: AsyncOpenAI, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend.refuse = Refused(request_id="r", code="internal", message="10.0.0.7:41234 refused the connection")
+    with pytest.raises(openai.InternalServerError) as caught:
+        await client.completions.create(model="writer", prompt="x", extra_headers={"x-request-id": "trace 7"})
+    assert caught.value.code == "internal"
+    assert "trace 7" in caught.value.message
+    assert "10.0.0.7" not in caught.value.message
+    assert "10.0.0.7:41234 refused the connection" in caplog.text
 
 
 async def test_a_prompt_longer_than_the_context_shows_both_numbers(client: AsyncOpenAI) -> None:
@@ -293,7 +305,7 @@ async def test_a_failure_in_mid_stream_is_an_error_event(client: AsyncOpenAI, ba
         async for chunk in stream:
             text += chunk.choices[0].delta.content or ""
 
-    with pytest.raises(openai.APIError, match="stage 1 is lost") as caught:
+    with pytest.raises(openai.APIError, match=r"could not finish this request\. Request id: ") as caught:
         await read_all()
     assert text == expected_text(RENDERED, 3, 0, 4)
     assert caught.value.code == "internal"

@@ -163,12 +163,8 @@ async def test_heartbeats_while_waiting_and_a_late_refusal_is_an_event() -> None
         kind, data = last.decode().strip().split("\n")
         assert await read_chunk(reader) == b""
     assert kind == "event: error"
-    assert json.loads(data.removeprefix("data: "))["error"] == {
-        "message": "stage 1 is lost",
-        "type": "server_error",
-        "param": None,
-        "code": "internal",
-    }
+    error = json.loads(data.removeprefix("data: "))["error"]
+    assert (error["type"], error["param"], error["code"]) == ("server_error", None, "internal")
 
 
 @pytest.mark.parametrize("prompts", ["hi", ["hi", "ho", "hu"]])
