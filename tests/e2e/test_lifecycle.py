@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import requests
 
-from tests.support.running import Cluster, save_tiny_chat, write_cluster
+from tests.support.running import Cluster, free_ports, save_tiny_chat, write_cluster
 
 pytestmark = pytest.mark.e2e
 
@@ -145,13 +146,25 @@ def test_a_model_that_cannot_start_shows_its_own_error_and_the_old_one_keeps_ser
     assert replica(cluster)["id"] == before
 
 
-def test_another_http_port_is_refused_while_serve_runs(cluster: Cluster) -> None:
-    good = cluster.config.read_text()
-    cluster.edit(lambda values: values["gateway"]["http"].update(port=values["gateway"]["http"]["port"] + 1))
-    refused = cluster.manta("up", str(cluster.config))
-    assert refused.returncode == 2
-    assert "Ray cannot change that while it runs" in refused.stderr
+def test_another_http_port_moves_the_gateway_and_nothing_else(cluster: Cluster) -> None:
+    good, before = cluster.config.read_text(), replica(cluster)["id"]
+    (port,) = free_ports(1)
+    cluster.edit(lambda values: values["gateway"]["http"].update(port=port))
+    cluster.up()
+    assert requests.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code == 200
+    assert replica(cluster)["id"] == before
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        taken = stranger.getsockname()[1]
+        cluster.edit(lambda values: values["gateway"]["http"].update(port=taken))
+        refused = cluster.manta("up", str(cluster.config))
+    assert refused.returncode == 1
+    assert f"gateway.http: port {taken} on 127.0.0.1 is taken by process" in refused.stderr
+    assert requests.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code == 200
     cluster.config.write_text(good)
+    cluster.up()
+    assert ask(cluster) == 200
 
 
 def test_logs_and_chat(cluster: Cluster) -> None:
