@@ -462,15 +462,23 @@ class EmbedOutput(Message, frozen=True, kw_only=True):
 
 
 class StageFailed(Message, frozen=True, kw_only=True):
-    """A stage could not do a step: the error as it saw it. The stage is unusable afterwards."""
+    """A stage could not do a step: the error as it saw it. The stage is unusable afterwards.
+
+    ``misheard``: what came from the stage before was damaged on its way, so the step is not to blame.
+    """
 
     step: int
     message: str
+    misheard: bool = False
+
+
+class Alive(Message, frozen=True, kw_only=True):
+    """A stage lives, whatever it computes; told about twice a second from another thread than the computing one."""
 
 
 ReplicaToStage = Opened | CompactStep | EmbedInput
 StageToStage = Opened | Hidden | Chosen
-StageToReplica = StepOutput | EmbedOutput | StageFailed
+StageToReplica = StepOutput | EmbedOutput | StageFailed | Alive
 AnyMessage = (
     Opened
     | Generate
@@ -491,4 +499,5 @@ AnyMessage = (
     | EmbedInput
     | EmbedOutput
     | StageFailed
+    | Alive
 )

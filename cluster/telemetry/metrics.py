@@ -26,6 +26,8 @@ COUNTERS: dict[str, tuple[str, Sequence[str]]] = {
     "manta_prefix_cache_queries_total": ("Prompt tokens looked up in the prefix cache.", REPLICA),
     "manta_prefix_cache_hits_total": ("Prompt tokens found there.", REPLICA),
     "manta_preemptions_total": ("Sequences whose blocks were taken back, to be recomputed.", REPLICA),
+    "manta_recoveries_total": ("Times that streams went on after stages had been lost.", REPLICA),
+    "manta_stages_replaced_total": ("Stage processes that were started in place of lost ones.", REPLICA),
     "manta_steps_total": ("Micro-batches computed.", REPLICA),
     "manta_stage_wait_seconds_total": ("Time a stage waited for a step or for activations.", STAGE),
     "manta_stage_compute_seconds_total": ("Time a stage computed.", STAGE),
@@ -43,6 +45,7 @@ HISTOGRAMS: dict[str, tuple[str, Sequence[str], Sequence[float]]] = {
     "manta_time_to_first_token_seconds": ("From the request's arrival to its first token.", GATEWAY, _LATENCY_S),
     "manta_replica_time_to_first_token_seconds": ("The same, from arrival at the replica.", REPLICA, _LATENCY_S),
     "manta_e2e_request_latency_seconds": ("From arrival to the last token.", GATEWAY, _LATENCY_S),
+    "manta_recovery_seconds": ("Recovery from lost stages, by part.", (*REPLICA, "part"), _LATENCY_S),
     "manta_time_per_output_token_seconds": ("Per request: (last - first token) / (tokens - 1).", REPLICA, _TOKEN_S),
 }
 

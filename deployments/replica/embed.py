@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Literal
 
 import numpy as np
 from numpy import float32
@@ -51,6 +52,7 @@ class EmbedConfig:
     max_batch_items: int
     max_waiting: int
     """Requests that may be under way; one more is refused as overloaded."""
+    on_stage_failure: Literal["refuse", "hold"] = "refuse"
 
     def __post_init__(self) -> None:
         """Raise ValueError for limits under which nothing could run."""
@@ -66,6 +68,8 @@ class _Request:
     done: asyncio.Future[None]
     vectors: list[NDArray[float32] | None]
     num_missing: int
+    is_suspect: bool = False
+    """It took part in a batch that made a stage fail; its inputs are computed one by one from then on."""
 
 
 @dataclass(slots=True, eq=False)
@@ -121,6 +125,8 @@ class EmbedEngine:
         self.config = config
         self.failed: str | None = None
         """Why the stages cannot be used; None while they can."""
+        self.recoverable = True
+        """Whether :meth:`recover` may mend the failure; False when the engine itself is at fault."""
         self._failure = asyncio.Event()
         self._encoder = PromptEncoder(tokenizer, config.context_tokens)
         self._link = link
@@ -130,7 +136,8 @@ class EmbedEngine:
         self._requests: dict[str, _Request] = {}
         self._reserved: set[str] = set()
         self._durations = MeanDuration()
-        self._num_steps = self._num_done = self._num_refused = self._num_cancelled = 0
+        self._num_steps = self._num_results = self._num_recoveries = 0
+        self._num_done = self._num_refused = self._num_cancelled = 0
         self._draining = False
         self._wake = asyncio.Event()
         self._sent = asyncio.Event()
@@ -158,13 +165,29 @@ class EmbedEngine:
     async def stop(self) -> None:
         """End every request and all work; the link stays the caller's to close."""
         self._draining = True
+        await self._cancel_tasks()
+        self._refuse_all("draining", "this replica was stopped; send the request again")
+        self._in_flight.clear()
+        self._encoder.stop()
+
+    async def recover(self, link: EmbedLink) -> None:
+        """Go on over new stages: batches that were under way are computed again, before all others."""
+        await self._cancel_tasks()
+        for batch in reversed(self._in_flight):
+            self._waiting.extendleft(item for item in reversed(batch.items) if not item.request.done.done())
+        self._in_flight.clear()
+        self._link = link
+        self.failed = None
+        self._failure.clear()
+        self._num_recoveries += 1
+        self._wake.set()
+        await self.start()
+
+    async def _cancel_tasks(self) -> None:
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._refuse_all("draining", "this replica was stopped; send the request again")
-        self._in_flight.clear()
-        self._encoder.stop()
 
     async def embed(self, request: Embed) -> tuple[Embedded, NDArray[float32]]:
         """One vector per input, in their order, shape [num_inputs, dimensions]; raises RequestRefused.
@@ -221,7 +244,7 @@ class EmbedEngine:
     def _check_usable(self, request_id: str) -> None:
         if self._draining:
             raise refuse(request_id, "draining", "this replica is being stopped; send the request again")
-        if self.failed is not None:
+        if self.failed is not None and self.config.on_stage_failure == "refuse":
             raise refuse(request_id, "draining", self.failed)
 
     def _check_lengths(self, request_id: str, inputs: Sequence[tuple[int, ...]]) -> None:
@@ -266,15 +289,17 @@ class EmbedEngine:
             self._fail(f"the stages are lost: {error}")
         except Exception as error:
             logger.exception("the embedding engine failed")
-            self._fail(f"the embedding engine failed: {error!r}; this is a bug")
+            self._fail(f"the embedding engine failed: {error!r}; this is a bug", recoverable=False)
 
-    def _fail(self, message: str) -> None:
-        """What is under way is refused as ``draining``: an embedding costs little, and another replica can do it."""
+    def _fail(self, message: str, *, recoverable: bool = True) -> None:
+        """What is under way waits for :meth:`recover`, or is refused as ``draining``: another replica can do it."""
         if self.failed is None:
             logger.error("%s", message)
             self.failed = message
+            self.recoverable = recoverable
             self._failure.set()
-            self._refuse_all("draining", message)
+            if self.config.on_stage_failure == "refuse":
+                self._refuse_all("draining", message)
 
     def report_loss(self, reason: str) -> None:
         """Somebody else saw the stages die, perhaps while no batch was under way."""
@@ -299,11 +324,14 @@ class EmbedEngine:
 
     def _take_batch(self) -> _Batch:
         window = list(self._waiting)[: self.config.max_batch_items * _WINDOW_BATCHES]
-        chosen = choose_batch(
-            [len(item.token_ids) for item in window],
-            max_tokens=self.config.max_batch_tokens,
-            max_items=self.config.max_batch_items,
-        )
+        if window[0].request.is_suspect:
+            chosen = [0]
+        else:
+            chosen = choose_batch(
+                [len(item.token_ids) for item in window],
+                max_tokens=self.config.max_batch_tokens,
+                max_items=self.config.max_batch_items,
+            )
         for index in sorted(chosen, reverse=True):
             del self._waiting[index]
         self._num_steps += 1
@@ -316,18 +344,31 @@ class EmbedEngine:
                 self._sent.clear()
             output, buffers = await self._link.receive_vectors()
             if isinstance(output, StageFailed):
+                if not output.misheard:
+                    self._blame(output)
                 self._fail(f"the stages are lost: step {output.step} failed: {output.message}")
                 return
             self._take(output, buffers)
             self._wake.set()
 
+    def _blame(self, failed: StageFailed) -> None:
+        """An input that fails by itself, too, ends its request; or it would break every repair."""
+        items = self._in_flight[0].items
+        for request in {item.request for item in items}:
+            request.is_suspect = True
+            if len(items) == 1 and not request.done.done():
+                message = f"an input of this request made a stage fail twice, the last time so: {failed.message}"
+                request.done.set_exception(refuse(request.request_id, "internal", message))
+
     def _take(self, output: EmbedOutput, buffers: list[bytes]) -> None:
-        batch = self._in_flight.popleft()
+        batch = self._in_flight[0]
         if output.step != batch.step or output.num_vectors != len(batch.items) or len(buffers) != 1:
             raise StepMismatch(
                 f"the last stage answered step {output.step} with {output.num_vectors} vectors; expected "
                 f"{len(batch.items)} of step {batch.step}"
             )
+        self._in_flight.popleft()
+        self._num_results += 1
         vectors = np.frombuffer(buffers[0], dtype=float32).reshape(output.num_vectors, output.dimensions)
         for item, vector in zip(batch.items, vectors, strict=True):
             request = item.request
@@ -343,13 +384,15 @@ class EmbedEngine:
             num_waiting=len(self._waiting),
             num_waiting_tokens=sum(len(item.token_ids) for item in self._waiting),
             kv_used_fraction=0.0,
-            draining=self._draining or self.failed is not None,
+            draining=self._draining or (self.failed is not None and self.config.on_stage_failure == "refuse"),
         )
 
     def stats(self) -> EngineStats:
         """Totals so far, and what is held now."""
         return EngineStats(
             num_steps=self._num_steps,
+            num_recoveries=self._num_recoveries,
+            num_results=self._num_results,
             num_requests_done=self._num_done,
             num_requests_refused=self._num_refused,
             num_requests_cancelled=self._num_cancelled,

@@ -113,6 +113,8 @@ class Engine:
         self._encoding: set[str] = set()
         self._encoder = PromptEncoder(tokenizer, config.context_tokens)
         self._durations = MeanDuration()
+        self._num_results = 0
+        self._recovered_s: float | None = None
         self._num_done = self._num_refused = self._num_cancelled = self._num_recoveries = 0
         self._draining = False
         self._wake = asyncio.Event()
@@ -167,6 +169,7 @@ class Engine:
         self.failed = None
         self._failure.clear()
         self._num_recoveries += 1
+        self._recovered_s = self._clock()
         self._sent.clear()
         self._sent_steps.clear()
         self._wake.set()
@@ -330,7 +333,7 @@ class Engine:
         self.failed = message
         self.recoverable = recoverable
         self._failure.set()
-        if not recoverable or self.config.on_stage_failure == "refuse":
+        if self.config.on_stage_failure == "refuse":
             self._refuse_all("internal", message)
 
     async def _pump(self) -> None:
@@ -364,7 +367,8 @@ class Engine:
                 self._sent.clear()
             output = await self._link.receive()
             if isinstance(output, StageFailed):
-                self._blame(output)
+                if not output.misheard:
+                    self._blame(output)
                 raise StageLostError(None, f"step {output.step} failed: {output.message}")
             self._take(output)
             await self._fill()
@@ -389,6 +393,7 @@ class Engine:
             if sample.problem is not None:
                 self._refuse_grammar(choice.request, sample.problem)
                 continue
+            self._num_results += 1
             if not choice.accept(sample):
                 self.scheduler.end(sequence)
             self._progressed.append(choice)
@@ -403,6 +408,10 @@ class Engine:
         """Send what the samples taken last mean to the clients."""
         progressed, self._progressed = self._progressed, []
         now = self._clock()
+        if progressed and self._recovered_s is not None:
+            self._telemetry.recomputed(now - self._recovered_s)
+            logger.info("the first token came %.2f s after the stages were back", now - self._recovered_s)
+            self._recovered_s = None
         for choice in progressed:
             request = choice.request
             if request.ended:
@@ -450,6 +459,7 @@ class Engine:
             num_prefix_queries=self.scheduler.num_prefix_queries,
             num_prefix_hits=self.scheduler.num_prefix_hits,
             num_recoveries=self._num_recoveries,
+            num_results=self._num_results,
             num_requests_done=self._num_done,
             num_requests_refused=self._num_refused,
             num_requests_cancelled=self._num_cancelled,

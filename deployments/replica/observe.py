@@ -1,5 +1,6 @@
 """What an engine tells of itself: running totals in :class:`EngineStats`, single observations through a protocol."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,8 @@ class EngineStats:
     """Prompt tokens found there."""
     num_recoveries: int = 0
     """Times that lost stages were replaced."""
+    num_results: int = 0
+    """Tokens sampled, or batches embedded."""
     num_requests_done: int = 0
     num_requests_refused: int = 0
     """Refused at the door, or ended by an error or a deadline."""
@@ -42,9 +45,25 @@ class EngineTelemetry(Protocol):
     def request_done(self, seconds_per_token: float | None, num_completion_tokens: int) -> None:
         """A request finished; ``seconds_per_token`` is over the tokens after the first, None without any."""
 
+    def recomputed(self, seconds: float) -> None:
+        """The first token came this long after lost stages had been replaced."""
+
+
+class RecoveryTelemetry(Protocol):
+    """Receives what it took to replace lost stages."""
+
+    def recovered(self, num_replaced: int, parts_s: Mapping[str, float]) -> None:
+        """``num_replaced`` stages are new; seconds by part: detect, spawn, load, connect."""
+
 
 class NoTelemetry:
     """Observes nothing."""
+
+    def recovered(self, num_replaced: int, parts_s: Mapping[str, float]) -> None:
+        """Ignore it."""
+
+    def recomputed(self, seconds: float) -> None:
+        """Ignore it."""
 
     def step_done(self, timing: StageTiming) -> None:
         """Ignore it."""

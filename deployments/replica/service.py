@@ -126,8 +126,14 @@ class ReplicaService:
             )
         await self._engine.start()
         await self._warm_up()
-        self._supervisor = Supervisor(self._engine, self._stages, link)
-        self._tasks = [asyncio.create_task(work) for work in (self._supervisor.run(), self._report())]
+        self._supervisor = Supervisor(self._engine, self._stages, link, self._telemetry)
+        self._tasks = [asyncio.create_task(work) for work in (self._supervise(self._supervisor), self._report())]
+
+    async def _supervise(self, supervisor: Supervisor) -> None:
+        """Keep the stages alive; when that is given up, hang up: gateways resume the streams elsewhere, and count."""
+        await supervisor.run()
+        await self._listener.stop()
+        await self._engine.stop()
 
     async def _warm_up(self) -> None:
         """Raise what the stages say when the first token, or vector, does not come out."""
@@ -224,6 +230,7 @@ class ReplicaService:
         for session in self._sessions:
             session.report_load()
         await self._engine.drain(self._settings.drain_timeout_s if self._settings is not None else 0.0)
+        await asyncio.gather(*(session.finish() for session in tuple(self._sessions)))
         for task in self._tasks:
             task.cancel()
         await self._engine.stop()
@@ -274,6 +281,7 @@ def _embed_config(args: ModelAppArgs) -> EmbedConfig:
         max_batch_tokens=args.max_step_tokens,
         max_batch_items=args.max_running,
         max_waiting=args.max_waiting,
+        on_stage_failure="hold",
     )
 
 

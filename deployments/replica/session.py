@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Protocol
 
 from numpy import float32
@@ -73,13 +74,20 @@ class Outbox:
         self._replies.append(reply)
         self._filled.set()
 
+    def flush(self) -> None:
+        """Hand over to the transport what waits; ChannelError when the connection is gone."""
+        if self._replies:
+            replies, self._replies = self._replies, []
+            self._channel.send_nowait(Replies(replies=tuple(replies)))
+
     async def send_forever(self) -> None:
         """One frame after another; a gateway that lags gets fewer and larger ones. Raises ChannelError."""
         while True:
             await self._filled.wait()
             self._filled.clear()
             replies, self._replies = self._replies, []
-            await self._channel.send(Replies(replies=tuple(replies)))
+            if replies:
+                await self._channel.send(Replies(replies=tuple(replies)))
 
 
 class GatewaySession:
@@ -172,10 +180,14 @@ class GatewaySession:
 
     def report_load(self) -> None:
         """Tell the load now: it says something that the gateway should not wait for."""
-        try:
+        with suppress(ChannelError):  # the session is about to end
             self._channel.send_nowait(self._service.load())
-        except ChannelError:
-            return  # the session is about to end
+
+    async def finish(self) -> None:
+        """Return when every request has been answered, and the last answers are on their way."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        with suppress(ChannelError):
+            self._outbox.flush()
 
     async def _report_load(self) -> None:
         while True:

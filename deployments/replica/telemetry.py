@@ -1,5 +1,7 @@
 """The replica's telemetry, bound to the cluster's metrics."""
 
+from collections.abc import Mapping
+
 from cluster.telemetry.metrics import Metrics
 from deployments.messages import Load, StageTiming
 from deployments.replica.observe import EngineStats
@@ -24,6 +26,16 @@ class ReplicaTelemetry:
         if seconds_per_token is not None:
             self._metrics.observe("manta_time_per_output_token_seconds", seconds_per_token)
 
+    def recovered(self, num_replaced: int, parts_s: Mapping[str, float]) -> None:
+        """Where the time of a recovery went."""
+        self._metrics.count("manta_stages_replaced_total", num_replaced)
+        for part, seconds in parts_s.items():
+            self._metrics.observe("manta_recovery_seconds", seconds, part=part)
+
+    def recomputed(self, seconds: float) -> None:
+        """The last part of a recovery."""
+        self._metrics.observe("manta_recovery_seconds", seconds, part="recompute")
+
     def report(self, load: Load, stats: EngineStats) -> None:
         """Set the gauges, and count what was added since the last report."""
         before, self._reported = self._reported, stats
@@ -31,6 +43,7 @@ class ReplicaTelemetry:
         self._metrics.gauge("manta_num_requests_waiting", load.num_waiting)
         self._metrics.gauge("manta_num_tokens_waiting", load.num_waiting_tokens)
         self._metrics.gauge("manta_kv_cache_usage", load.kv_used_fraction)
+        self._metrics.count("manta_recoveries_total", stats.num_recoveries - before.num_recoveries)
         self._metrics.count("manta_steps_total", stats.num_steps - before.num_steps)
         self._metrics.count("manta_preemptions_total", stats.num_preemptions - before.num_preemptions)
         self._metrics.count("manta_prefix_cache_queries_total", stats.num_prefix_queries - before.num_prefix_queries)

@@ -152,7 +152,7 @@ class ReplicaConnection:
         ended = False
         try:
             self._channel.send_nowait(request)
-            while not ended:
+            while True:
                 for arrival in await inbox.take():
                     if arrival is None:
                         if may_leave():
@@ -160,6 +160,8 @@ class ReplicaConnection:
                         continue
                     ended = _is_last(arrival)
                     yield self._checked(arrival)
+                    if ended:
+                        return  # what arrived with it, as the end of the connection, is of no concern
         except ChannelError as error:
             ended = True
             raise ReplicaLostError(f"replica {self.replica_id}: {error}") from error

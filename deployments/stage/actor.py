@@ -3,9 +3,11 @@
 import asyncio
 import importlib
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
 
@@ -38,6 +40,7 @@ class StageActor:
 
         Raises what the registry, the runtime or the system says is wrong.
         """
+        begin = time.monotonic()
         if self._runner is None:
             log_to_stderr(model=self._args.model, version=self._args.version, stage=self._plan.index)
             check_code_digest(self._args.code_digest)
@@ -45,8 +48,17 @@ class StageActor:
             registry = Registry(self._args.storage)
             name = self._args.registry_name or self._args.model
             self._runner = self._load(materialize(registry, registry.get(name, self._args.version)))
+        load_s = time.monotonic() - begin
         address, secret = self._call(self._listen())
-        return StageAddress(address=address, secret=secret)
+        process = psutil.Process()
+        return StageAddress(
+            address=address,
+            secret=secret,
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=process.pid,
+            process_started_at=process.create_time(),
+            load_s=load_s,
+        )
 
     def _load(self, directory: Path) -> StageRunner | EmbedRunner:
         dtype, device = DTYPES[self._args.dtype], torch.device(self._args.device)

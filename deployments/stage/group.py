@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
+import time
+from collections.abc import Collection
 from itertools import count
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup
@@ -12,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.plan.types import ModelAppArgs
 from deployments.stage.actor import StageActor
-from deployments.stage.link import StageAddress, StageLink
+from deployments.stage.link import Repair, StageAddress, StageLink
 
 logger = logging.getLogger(__name__)
 
@@ -32,46 +35,96 @@ class StageGroup:
         self._group = group
         self._replica_id = replica_id
         self._actors: list[Any] = []
+        self._addresses: list[StageAddress] = []
         self._serving: list[Any] = []  # one pending result per stage; kept, so that its error is Ray's to log
 
     async def start(self) -> StageLink:
         """Place and load all stages at once, and connect; raises the first stage's own error, all are ended then."""
         try:
             self._actors = [self._place(index) for index in range(len(self._args.stages))]
-            return await self._wire(await asyncio.gather(*(actor.start.remote() for actor in self._actors)))
+            self._addresses = await asyncio.gather(*(actor.start.remote() for actor in self._actors))
+            return await self._wire()
         except BaseException:
             self.kill()
             raise
 
-    async def repair(self) -> tuple[StageLink, list[int]]:
+    async def repair(self, suspects: Collection[int] = ()) -> Repair:
         """Replace dead stages, keep the weights of the living, and connect anew; what was computed is forgotten.
 
-        Returns the new link and the indices of the stages that were replaced. The old link must be closed. Raises
-        what a new stage raises.
+        Stages in ``suspects`` are replaced even if they live. The old link must be closed. Raises what a new stage
+        raises.
         """
-        before = list(self._actors)
-        addresses = await asyncio.gather(*(self._restart(index) for index in range(len(before))))
-        replaced = [index for index, actor in enumerate(before) if actor is not self._actors[index]]
-        return await self._wire(addresses), replaced
+        before, begin = list(self._actors), time.monotonic()
+        stages = range(len(before))
+        restarts = (self._restart(index, index in suspects) for index in stages)
+        # all of them, also when one fails: nothing may be under way when the caller tries again
+        results = await asyncio.gather(*restarts, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        self._addresses = [result for result in results if not isinstance(result, BaseException)]
+        placed = time.monotonic()
+        link = await self._wire()
+        replaced = tuple(index for index in stages if before[index] is not self._actors[index])
+        load_s = max((self._addresses[index].load_s for index in replaced), default=0.0)
+        return Repair(
+            link=link,
+            replaced=replaced,
+            spawn_s=placed - begin - load_s if replaced else 0.0,
+            load_s=load_s,
+            connect_s=time.monotonic() - placed,
+        )
 
-    async def _restart(self, index: int) -> StageAddress:
-        try:
-            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                address: StageAddress = await self._actors[index].start.remote()
-                return address
-        except (TimeoutError, RayActorError) as error:
-            logger.warning("stage %d is replaced: %s", index, type(error).__name__, extra={"stage": index})
-        ray.kill(self._actors[index])
+    async def _restart(self, index: int, is_suspect: bool) -> StageAddress:
+        reason = "it is suspect" if is_suspect else self._why_dead(index)
+        if reason is None:
+            try:
+                async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                    address: StageAddress = await self._actors[index].start.remote()
+                    return address
+            except (TimeoutError, RayActorError) as error:
+                reason = type(error).__name__
+        logger.warning("stage %d is replaced: %s", index, reason, extra={"stage": index})
+        self._end(index)
         self._actors[index] = self._place(index)
         new_address: StageAddress = await self._actors[index].start.remote()
         return new_address
 
-    async def _wire(self, addresses: list[StageAddress]) -> StageLink:
-        if len(addresses) > 1:  # a ring: the last tells the first what it chose
-            pairs = zip(self._actors, addresses[1:] + addresses[:1], strict=True)
+    def _why_dead(self, index: int) -> str | None:
+        """What this node's process table says against a stage; None when nothing, or it runs on another node."""
+        if self._addresses[index].node_id != ray.get_runtime_context().get_node_id():
+            return None
+        process = self._process(index)
+        if process is None:
+            return "its process is gone"
+        try:
+            status = process.status()
+        except psutil.NoSuchProcess:
+            return "its process is gone"
+        return f"its process is {status}" if status in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE) else None
+
+    def _process(self, index: int) -> psutil.Process | None:
+        address = self._addresses[index]
+        try:
+            process = psutil.Process(address.pid)
+        except psutil.NoSuchProcess:
+            return None
+        return process if abs(process.create_time() - address.process_started_at) < 1.0 else None
+
+    def _end(self, index: int) -> None:
+        """End a stage for sure. Ray needs 5 s for a stopped process; on this node it is ended at once."""
+        if self._addresses[index].node_id == ray.get_runtime_context().get_node_id():
+            process = self._process(index)
+            if process is not None:
+                process.kill()
+        ray.kill(self._actors[index])
+
+    async def _wire(self) -> StageLink:
+        if len(self._addresses) > 1:  # a ring: the last tells the first what it chose
+            pairs = zip(self._actors, self._addresses[1:] + self._addresses[:1], strict=True)
             await asyncio.gather(*(actor.connect_next.remote(after) for actor, after in pairs))
         self._serving = [actor.serve.remote() for actor in self._actors]
-        return await StageLink.connect(addresses, step_timeout_s=self._args.step_timeout_s)
+        return await StageLink.connect(self._addresses, step_timeout_s=self._args.step_timeout_s)
 
     def kill(self) -> None:
         """End every stage's process; those already dead are fine."""

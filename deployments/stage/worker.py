@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -25,9 +26,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from deployments.channel import Channel, ChannelClosed, ChannelError, Listener
+from deployments.channel import Channel, ChannelClosed, ChannelCorrupt, ChannelError, Listener
 from deployments.frames import Buffer
 from deployments.messages import (
+    Alive,
     AnyMessage,
     Chosen,
     CompactStep,
@@ -46,6 +48,7 @@ from deployments.stage.compact import StepExpander
 
 logger = logging.getLogger(__name__)
 
+_ALIVE_PERIOD_S = 0.5
 _KEPT_STEPS = 64  # choices are kept for so many sampling steps; those in flight are far fewer
 _UNREAD = 0  # stands for a token id where a stage only counts tokens
 
@@ -79,6 +82,10 @@ class StagePosition:
     is_last: bool
 
 
+class _MisheardError(Exception):
+    """What the stage before sent was altered or cut short on its way."""
+
+
 class StageWorker:
     """Serves one runner over channels; see the module's docstring for its life."""
 
@@ -100,7 +107,7 @@ class StageWorker:
         self._finished = asyncio.Event()
         self._steps: SimpleQueue[CompactStep | EmbedInput | Exception] = SimpleQueue()
         self._inputs: SimpleQueue[tuple[Hidden | Chosen, list[bytes]] | Exception] = SimpleQueue()
-        self._readers: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
         self._leaving = False
         # What follows belongs to the computing thread.
         self._step = -1
@@ -136,11 +143,15 @@ class StageWorker:
         if self._replica.cancelled():
             return
         replica = self._replica.result()
-        self._readers = [asyncio.create_task(work) for work in (self._read_steps(replica), self._read_inputs())]
+        work = (self._read_steps(replica), self._read_inputs(), _tell_alive(replica))
+        self._tasks = [asyncio.create_task(part) for part in work]
         try:
             await self._loop.run_in_executor(self._compute, self._work, replica)
-        except ChannelClosed:
-            return
+        except _MisheardError as error:
+            message = f"stage {self._position.index}: {error}"
+            await _report(replica, StageFailed(step=self._step, message=message, misheard=True))
+        except ChannelError as error:
+            logger.info("stage %d stops serving: %s", self._position.index, error)
         except Exception as error:
             await _report(replica, StageFailed(step=self._step, message=f"stage {self._position.index}: {error!r}"))
             raise
@@ -168,6 +179,8 @@ class StageWorker:
                 if not isinstance(message, expected):
                     raise TypeError(f"the previous stage sent a {type(message).__name__}")
                 self._inputs.put((message, buffers))
+        except ChannelCorrupt as error:
+            self._leave(_MisheardError(str(error)))
         except (ChannelError, TypeError) as error:
             self._leave(error)
 
@@ -303,9 +316,9 @@ class StageWorker:
         self._leave(ChannelClosed("the stage was stopped"))
         for expected in (self._replica, self._previous):
             expected.cancel()  # whoever has not connected by now never will
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._next is not None:
             self._next.close()
         await self._listener.stop()
@@ -316,6 +329,13 @@ def _log_started(step: CompactStep) -> None:
     for start in step.started:
         extra = {"request_id": start.request_id, "sequence_id": start.sequence_id, "step": step.step}
         logger.info("sequence starts with %d tokens", len(start.token_ids), extra=extra)
+
+
+async def _tell_alive(replica: Channel) -> None:
+    with suppress(ChannelError):
+        while True:
+            await replica.send(Alive())
+            await asyncio.sleep(_ALIVE_PERIOD_S)
 
 
 async def _report(replica: Channel, failure: StageFailed) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import torch
 from deployments.runtime.quantize import Quantization
 from deployments.runtime.runner import StageRunner
 from deployments.runtime.settings import RunnerConfig, StageSlice
-from deployments.stage.link import StageAddress, StageLink
+from deployments.stage.link import SILENCE_S, Repair, StageAddress, StageLink
 from deployments.stage.worker import EmbedRunner, StagePosition, StageWorker, StepRunner
+
+Reroute = Callable[[tuple[str, int], str], Awaitable[str]]
 
 
 def load_runners(
@@ -43,27 +45,79 @@ def load_runners(
     ]
 
 
+class LocalStages:
+    """Workers over ``runners``, and what a supervisor needs to repair them; the runners keep their weights.
+
+    ``reroute`` gets the place of each connection, ``("replica", stage)`` or ``("stages", stage after)``, and its
+    address, and returns the address to call instead.
+    """
+
+    def __init__(
+        self,
+        runners: Sequence[StepRunner | EmbedRunner],
+        *,
+        step_timeout_s: float = 30.0,
+        silence_s: float = SILENCE_S,
+        reroute: Reroute | None = None,
+    ) -> None:
+        self.workers: list[StageWorker] = []
+        self.repairs: list[frozenset[int]] = []
+        """The suspects of each repair."""
+        self._runners = runners
+        self._step_timeout_s = step_timeout_s
+        self._silence_s = silence_s
+        self._reroute = reroute
+        self._serving: list[asyncio.Task[None]] = []
+
+    async def start(self) -> StageLink:
+        """Wire new workers front to back."""
+        last = len(self._runners) - 1
+        self.workers = [
+            StageWorker(runner, StagePosition(index=index, is_first=index == 0, is_last=index == last))
+            for index, runner in enumerate(self._runners)
+        ]
+        addresses = [await worker.start("127.0.0.1") for worker in self.workers]
+        for index, worker in enumerate(self.workers) if last else ():
+            after = (index + 1) % len(addresses)
+            address, secret = addresses[after]
+            await worker.connect_next(await self._address("stages", after, address), secret)
+        self._serving = [asyncio.create_task(worker.serve()) for worker in self.workers]
+        stages = [
+            StageAddress(address=await self._address("replica", index, address), secret=secret)
+            for index, (address, secret) in enumerate(addresses)
+        ]
+        return await StageLink.connect(stages, step_timeout_s=self._step_timeout_s, silence_s=self._silence_s)
+
+    async def _address(self, kind: str, stage: int, address: str) -> str:
+        return address if self._reroute is None else await self._reroute((kind, stage), address)
+
+    async def repair(self, suspects: Collection[int]) -> Repair:
+        """Forget every sequence and wire anew, without any detour."""
+        self.repairs.append(frozenset(suspects))
+        self._reroute = None
+        await self.stop()
+        for runner in self._runners:
+            runner.forget()  # type: ignore[union-attr]
+        return Repair(link=await self.start(), replaced=(), spawn_s=0.0, load_s=0.0, connect_s=0.0)
+
+    async def stop(self) -> None:
+        """End all workers."""
+        for worker in self.workers:
+            await worker.stop()
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+
 @contextlib.asynccontextmanager
 async def serve_stages(
     runners: Sequence[StepRunner | EmbedRunner], *, step_timeout_s: float = 30.0
 ) -> AsyncIterator[tuple[StageLink, list[StageWorker]]]:
     """A link to workers that serve ``runners``; everything is closed at the end."""
-    workers = [
-        StageWorker(runner, StagePosition(index=index, is_first=index == 0, is_last=index == len(runners) - 1))
-        for index, runner in enumerate(runners)
-    ]
-    addresses = [StageAddress(address=a, secret=s) for a, s in [await w.start("127.0.0.1") for w in workers]]
-    for worker, after in zip(workers, addresses[1:] + addresses[:1], strict=True):
-        if len(workers) > 1:
-            await worker.connect_next(after.address, after.secret)
-    serving = [asyncio.create_task(worker.serve()) for worker in workers]
-    link = await StageLink.connect(addresses, step_timeout_s=step_timeout_s)
+    stages = LocalStages(runners, step_timeout_s=step_timeout_s)
+    link = await stages.start()
     try:
-        yield link, workers
+        yield link, stages.workers
     finally:
         await link.close()
-        for worker in workers:
-            await worker.stop()
-        for task in serving:
-            task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
+        await stages.stop()
