@@ -13,6 +13,7 @@ Task = Literal["generate", "embed"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
 Kernels = Literal["auto", "native", "torch"]
+ToolParser = Literal["auto", "hermes", "llama3_json", "mistral"]
 
 AUTO_KV_CONTEXTS = 8
 """``kv_cache.tokens: auto`` holds this many full contexts."""
@@ -128,6 +129,9 @@ class ModelConfig(StrictModel):
     """Where stages compute; ``cuda`` needs nodes with GPUs and ``resources.stage_gpus``."""
     context_tokens: Tokens = 2048
     """Longest prompt and answer together, in tokens; at most what the model was trained for."""
+    tool_parser: ToolParser = "auto"
+    """How the model writes calls of tools; ``auto`` reads it off the chat template, and refuses tools where that does
+    not tell."""
     pipeline: PipelineSection = PipelineSection()
     """How it is cut into stages."""
     kv_cache: KvCacheSection = KvCacheSection()

@@ -168,6 +168,7 @@ def _with_stages(
         kernels=model.kernels,
         device=model.device,
         context_tokens=model.context_tokens,
+        tool_parser=model.tool_parser,
         block_tokens=model.kv_cache.block_tokens,
         num_blocks=num_blocks,
         prefix_caching=model.kv_cache.prefix_caching,

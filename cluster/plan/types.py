@@ -8,6 +8,7 @@ from cluster.config.models import Dtype as Dtype
 from cluster.config.models import Kernels as Kernels
 from cluster.config.models import Quantization as Quantization
 from cluster.config.models import Task as Task
+from cluster.config.models import ToolParser as ToolParser
 
 
 class PlanModel(BaseModel):
@@ -99,6 +100,8 @@ class ModelAppArgs(PlanModel):
     kernels: Kernels
     device: Literal["cpu", "cuda"]
     context_tokens: int
+    tool_parser: ToolParser
+    """How the model writes calls of tools."""
     block_tokens: int
     """Tokens in one KV block."""
     num_blocks: int

@@ -7,14 +7,11 @@ is content; once the name of a function has left, the rest of the call belongs t
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from enum import Enum, auto
 
-import msgspec
-
+from deployments.gateway.object_reader import SPACE, BrokenJson, ObjectReader, decode_string
 from deployments.messages import ToolFormat
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-_SPACE = " \t\n\r"
 _ARGUMENT_KEYS = ("arguments", "parameters")
 
 
@@ -44,105 +41,6 @@ class Arguments:
 Piece = Content | CallBegins | Arguments
 
 
-class _Broken(Exception):
-    """The text is not what it began as."""
-
-
-class _At(Enum):
-    """Where a JSON object is being read."""
-
-    START = auto()
-    KEY = auto()
-    IN_KEY = auto()
-    COLON = auto()
-    VALUE = auto()
-    IN_VALUE = auto()
-    AFTER_VALUE = auto()
-    END = auto()
-
-
-class ObjectReader:
-    """Reads one JSON object, character by character; keeps the raw text of every member's value."""
-
-    def __init__(self) -> None:
-        self.members: dict[str, str] = {}
-        self.complete: set[str] = set()
-        """Names of members whose value is complete."""
-        self._at = _At.START
-        self._key = ""
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether the object is complete."""
-        return self._at is _At.END
-
-    def feed(self, character: str) -> None:
-        """Take one more character; raises _Broken where it cannot be JSON."""
-        if self._at in (_At.IN_KEY, _At.IN_VALUE):
-            (self._in_key if self._at is _At.IN_KEY else self._in_value)(character)
-            return
-        if character in _SPACE:
-            return
-        match self._at, character:
-            case _At.START, "{":
-                self._at = _At.KEY
-            case _At.KEY, '"':
-                self._key, self._at = '"', _At.IN_KEY
-            case (_At.KEY, "}") | (_At.AFTER_VALUE, "}"):
-                self._at = _At.END
-            case _At.AFTER_VALUE, ",":
-                self._at = _At.KEY
-            case _At.COLON, ":":
-                self._at = _At.VALUE
-            case _At.VALUE, _:
-                self._begin_value(character)
-            case _:
-                raise _Broken
-
-    def _in_key(self, character: str) -> None:
-        self._key += character
-        if character == '"' and not self._escaped:
-            self._key = _decode_string(self._key)
-            self._at = _At.COLON
-        self._escaped = character == "\\" and not self._escaped
-
-    def _begin_value(self, character: str) -> None:
-        if character in ",:}]" or self._key in self.members:
-            raise _Broken
-        self.members[self._key] = ""
-        self._at = _At.IN_VALUE
-        self._depth = 0
-        self._in_value(character)
-
-    def _in_value(self, character: str) -> None:
-        is_scalar = self._depth == 0 and not self._in_string and self.members[self._key] != ""
-        if is_scalar and (character in ",}" or character in _SPACE):
-            self._end_value()
-            self.feed(character)
-            return
-        self.members[self._key] += character
-        if self._in_string:
-            self._in_string = character != '"' or self._escaped
-            self._escaped = character == "\\" and not self._escaped
-        elif character == '"':
-            self._in_string = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-        else:
-            return
-        if self._depth == 0 and not self._in_string:
-            self._end_value()
-
-    def _end_value(self) -> None:
-        self.complete.add(self._key)
-        self._at = _At.AFTER_VALUE
-
-
 class CallReader:
     """One call written as an object with a name and arguments; tells both as soon as they are certain."""
 
@@ -160,18 +58,18 @@ class CallReader:
         return self._object.ended
 
     def feed(self, character: str) -> Iterator[Piece]:
-        """Take one more character; raises _Broken where it is no call."""
+        """Take one more character; raises BrokenJson where it is no call."""
         self._object.feed(character)
         if not self.begun and "name" in self._object.complete:
-            name = _decode_string(self._object.members["name"])
+            name = decode_string(self._object.members["name"])
             if not _NAME.fullmatch(name) or (self._names is not None and name not in self._names):
-                raise _Broken
+                raise BrokenJson
             self.begun = True
             yield CallBegins(self._index, name)
         if self.begun:
             yield from self._tell_arguments()
         elif self.ended:
-            raise _Broken
+            raise BrokenJson
 
     def _tell_arguments(self) -> Iterator[Piece]:
         members = self._object.members
@@ -184,17 +82,10 @@ class CallReader:
         if text.startswith('"'):  # some models write the arguments as text that holds JSON
             if key not in self._object.complete or self._num_told:
                 return
-            text = _decode_string(text)
+            text = decode_string(text)
         if len(text) > self._num_told:
             yield Arguments(self._index, text[self._num_told :])
             self._num_told = len(text)
-
-
-def _decode_string(raw: str) -> str:
-    try:
-        return msgspec.json.decode(raw.encode(), type=str)
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
-        raise _Broken from error
 
 
 class NamedCallReader:
@@ -212,7 +103,7 @@ class NamedCallReader:
         return self._value.ended
 
     def feed(self, character: str) -> Iterator[Piece]:
-        """Take one more character; raises _Broken where it is no call."""
+        """Take one more character; raises BrokenJson where it is no call."""
         if self.begun:
             self._value.feed(character)
             yield Arguments(self._index, character)
@@ -220,11 +111,11 @@ class NamedCallReader:
         self._head += character
         if character != "{":
             if len(self._head) > 256:
-                raise _Broken
+                raise BrokenJson
             return
         name, bracket, rest = self._head[:-1].partition("[")
         if not _NAME.fullmatch(name) or (bracket and not rest.rstrip().endswith("ARGS]")):
-            raise _Broken
+            raise BrokenJson
         self.begun = True
         yield CallBegins(self._index, name)
         self._value.feed(character)
@@ -262,7 +153,7 @@ class CallParser:
     def finish(self) -> list[Piece]:
         """What remains, when no more text comes."""
         in_call = self._reader is not None and self._reader.begun
-        is_noise = self._after_call and self._noise.startswith(self._held.strip(_SPACE))
+        is_noise = self._after_call and self._noise.startswith(self._held.strip(SPACE))
         if not in_call and not is_noise:
             self._tell(len(self._held))
         return self._take_pieces()
@@ -320,7 +211,7 @@ class CallParser:
                 for piece in reader.feed(character):
                     self.num_calls += isinstance(piece, CallBegins)
                     self._pieces.append(piece)
-            except _Broken:
+            except BrokenJson:
                 if reader.begun:
                     yield from self._broken_arguments(closing)
                     break
@@ -348,10 +239,10 @@ class CallParser:
         while True:
             start = self._held.find(marker) if marker else -1
             if start >= 0:
-                self._tell(len(self._held[:start].rstrip(_SPACE)))
+                self._tell(len(self._held[:start].rstrip(SPACE)))
                 return
             num_pending = _num_pending(self._held, marker) if marker else 0
-            self._tell(len(self._held[: len(self._held) - num_pending].rstrip(_SPACE)))
+            self._tell(len(self._held[: len(self._held) - num_pending].rstrip(SPACE)))
             yield
 
     def _skip(self, text: str) -> Script:
@@ -364,7 +255,7 @@ class CallParser:
     def _expect(self, text: str) -> Generator[None, str, bool]:
         """Hold what comes, from its first character on, until it is ``text`` or something else; whether it is."""
         while True:
-            held = self._held.strip(_SPACE)
+            held = self._held.strip(SPACE)
             if held == text or not text.startswith(held):
                 return held == text
             yield
@@ -373,13 +264,13 @@ class CallParser:
         """The next character that is not white space."""
         while True:
             character = yield
-            if character not in _SPACE:
+            if character not in SPACE:
                 return character
 
     def _tell(self, num_characters: int) -> None:
         """Let the first of the held characters leave as content."""
         text, self._held = self._held[:num_characters], self._held[num_characters:]
-        text = text.lstrip(_SPACE) if self._after_call else text
+        text = text.lstrip(SPACE) if self._after_call else text
         if text:
             self._after_call = False
             self._pieces.append(Content(text))

@@ -198,7 +198,10 @@ def _chat_prompt(
 
 
 def _turn(message: ChatMessage) -> dict[str, Any]:
-    turn = {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+    turn: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": message.text,
+    }
     if message.tool_calls:
         turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
     given = {"tool_call_id": message.tool_call_id, "name": message.name}

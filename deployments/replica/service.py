@@ -259,7 +259,8 @@ def product_digest(args: ModelAppArgs) -> str:
 def _load_tokenizer(args: ModelAppArgs) -> tuple[TextTokenizer, GrammarChecker]:
     registry = Registry(args.storage)
     directory = materialize(registry, registry.get(args.registry_name or args.model, args.version))
-    return TextTokenizer.load(directory), GrammarChecker(directory / "tokenizer.json")
+    tool_format = None if args.tool_parser == "auto" else args.tool_parser
+    return TextTokenizer.load(directory, tool_format=tool_format), GrammarChecker(directory / "tokenizer.json")
 
 
 def _engine_config(args: ModelAppArgs) -> EngineConfig:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 import pytest_asyncio
 
-from deployments.messages import Grammar, RequestRefused
+from deployments.messages import EmittedChoice, Grammar, RequestRefused
 from deployments.replica.constraints import GrammarChecker
 from deployments.replica.engine import Engine
 from tests.support.engine_runs import TEXT, Outcome, collect, config, generate, link_for, running
@@ -125,6 +126,18 @@ async def test_preemption_and_another_pipeline_change_nothing(directory: Path, c
     assert stats.num_preemptions > 0
     assert [outcome.text() for outcome in tight] == [outcome.text() for outcome in roomy]
     check_fits(tight[0])
+
+
+async def test_another_replica_goes_on_where_this_one_was(directory: Path, checker: GrammarChecker) -> None:
+    whole_request = structured(seed=4, n=2)
+    (whole,), _ = await answer(directory, checker, whole_request)
+    check_fits(whole)
+    for num_tokens in (1, 9):
+        emitted = tuple(EmittedChoice(token_ids=tuple(whole.tokens(index)[:num_tokens])) for index in range(2))
+        (rest,), _ = await answer(directory, checker, msgspec.structs.replace(whole_request, emitted=emitted))
+        for index in range(2):
+            assert [*emitted[index].token_ids, *rest.tokens(index)] == whole.tokens(index)
+            assert rest.ends(index) == whole.ends(index)
 
 
 async def test_the_limit_on_tokens_and_a_stop_string_cut_it_off(directory: Path, checker: GrammarChecker) -> None:
