@@ -1,14 +1,22 @@
 """Replicas follow the load: more while prompt tokens wait, fewer afterwards, and no request is lost on the way."""
 
-import threading
 import time
 
-import openai
-
+from cluster.control.drill.asks import Ask
+from tests.support.drilling import traffic
 from tests.support.running import Cluster
 
-PROMPT = list(range(30, 230))
 WAIT_S = 150
+
+
+def ask(number: int) -> Ask:
+    """A long prompt that shares its beginning with no other."""
+    prompt = [30 + (number * 31 + token * 7) % 200 for token in range(200)]
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 16, "ignore_eos": True}
+    return Ask(kind="whole", path="/v1/completions", body=body, num_tokens=16)
+
+
+ASKS = [ask(number) for number in range(200)]
 
 
 def num_replicas(cluster: Cluster) -> int:
@@ -31,34 +39,12 @@ def test_replicas_follow_waiting_tokens_up_and_down(cluster: Cluster) -> None:
             replicas=scaling, batching={"max_running": 2, "max_step_tokens": 32, "max_waiting": 100}
         )
     )
-    done = threading.Event()
-    errors: list[Exception] = []
-
-    def ask(lane: int) -> None:
-        with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="unused", max_retries=0, timeout=120) as client:
-            number = 0
-            while not done.is_set():
-                number += 1
-                prompt = [30 + (lane * 31 + number * 7 + token) % 200 for token in PROMPT]
-                try:
-                    client.completions.create(model="tiny", prompt=prompt, max_tokens=16)
-                except openai.OpenAIError as error:
-                    errors.append(error)
-
-    lanes = [threading.Thread(target=ask, args=(lane,)) for lane in range(16)]
     try:
         cluster.up()
         assert num_replicas(cluster) == 1
-        for lane in lanes:
-            lane.start()
-        wait_for_replicas(cluster, 2)
-        done.set()
+        with traffic(cluster.url, ASKS, lanes=16):
+            wait_for_replicas(cluster, 2)
         wait_for_replicas(cluster, 1)
     finally:
-        done.set()
-        for lane in lanes:
-            if lane.ident is not None:
-                lane.join()
         cluster.config.write_text(original)
         cluster.up()
-    assert not errors

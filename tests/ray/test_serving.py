@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 import time
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pytest
 import requests
 from transformers import AutoModelForCausalLM
 
+from cluster.control.drill.asks import Ask
+from tests.support.drilling import traffic
 from tests.support.running import Cluster
 from tests.support.tiny_models import greedy
 from tests.support.tiny_tokenizer import byte_level_tokenizer
@@ -142,27 +143,13 @@ def test_a_stream_survives_the_death_of_a_stage(cluster: Cluster, client: openai
 def test_a_new_version_takes_over_without_a_failed_request(cluster: Cluster, client: openai.OpenAI) -> None:
     directory = cluster.config.parent
     old, new = complete(client), expected_text(directory / "chat-b")
-    answers: list[str | Exception] = []
-    done = threading.Event()
-
-    def ask() -> None:
-        while not done.is_set():
-            try:
-                answers.append(complete(client))
-            except openai.OpenAIError as error:
-                answers.append(error)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    try:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "skip_special_tokens": False}
+    ask = Ask(kind="whole", path="/v1/completions", body=body | {"ignore_eos": True}, num_tokens=24)
+    with traffic(cluster.url, [ask], lanes=2) as outcomes:
         cluster.edit(lambda values: values["models"][0].update(source=f"path://{directory / 'chat-b'}"))
         cluster.up()
-    finally:
-        done.set()
-        asking.join()
     assert complete(client).rstrip("\ufffd") == new.rstrip("\ufffd")
-    assert not [answer for answer in answers if isinstance(answer, Exception)]
-    assert set(answers) <= {old, complete(client)}
+    assert {outcome.texts[0] for outcome in outcomes} == {old, complete(client)}
     assert len(cluster.status()["models"][0]["versions"]) == 1, "the old version is gone"
 
 
