@@ -86,6 +86,7 @@ _OPTIONS: tuple[tuple[str, str, Callable[[str], float], str, str], ...] = (
     ("--streams", "lanes", _count, "N", "open at the same time"),
     ("--requests", "min_requests", _count, "N", "in each scenario, at least"),
     ("--patience", "patience_s", _seconds, "TIME", "what takes longer counts as never ending"),
+    ("--rounds", "rounds", _count, "N", "times that kill-stage kills every stage"),
     ("--load", "load_s", _seconds, "TIME", "length of each part of the overload"),
     ("--cycles", "num_cycles", _count, "N", "connections that are opened and dropped"),
     ("--soak", "soak_s", _seconds, "TIME", "length of the soak"),

@@ -5,16 +5,18 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import psutil
+
 from cluster.control.drill.client import Client
 from deployments.gateway.app import create_app
 from deployments.gateway.backend import Event
-from deployments.messages import Delta, Generate, Refused, RequestRefused
+from deployments.messages import ChatPrompt, Delta, Generate, Refused, RequestRefused
 from tests.support.fake_backend import SETTINGS, FakeBackend
 from tests.support.gateway_server import serving
 
 
 class FaultyBackend(FakeBackend):
-    """Healthy until ``fault`` names what it does wrong: repeat, drop, hang, fail, refuse_slowly."""
+    """Healthy until ``fault`` names what it does wrong: repeat, drop, hang, fail, refuse_slowly, no_chat."""
 
     def __init__(self) -> None:
         super().__init__(SETTINGS.model_copy(update={"max_streams": 100}))
@@ -25,6 +27,8 @@ class FaultyBackend(FakeBackend):
         if self.fault == "refuse_slowly":
             await asyncio.sleep(0.15)
             raise RequestRefused(Refused(request_id="", code="overloaded", message="full", retry_after_s=2.0))
+        if self.fault == "no_chat" and isinstance(request.prompt, ChatPrompt):
+            raise RequestRefused(Refused(request_id="", code="unsupported", message="no chat template"))
         number = 0
         events = super().generate(model, request)
         try:
@@ -116,6 +120,14 @@ class OneReplicaSite:
 
         known = {"node": "127.0.0.1", "pid": 1, "resident_bytes": 0, "log_file": None, "node_id": "n", "stages": ()}
         return (ReplicaStatus(id="a", state="RUNNING", **known),)
+
+    def replica_process(self, replica: Any) -> psutil.Process:
+        """The test's own process."""
+        return psutil.Process()
+
+    def gateway_process(self) -> psutil.Process:
+        """The test's own process, which is the gateway."""
+        return psutil.Process()
 
     def leftovers(self) -> list[str]:
         """What ``left_over`` says."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import psutil
 
 from cluster.config.models import ModelConfig
+from cluster.config.schema import ClusterConfig
 from cluster.control.drill.asks import Ask, make_asks
 from cluster.control.drill.client import Client
 from cluster.control.drill.idle import describe_health, is_idle
@@ -27,7 +28,7 @@ from cluster.control.drill.phase import NotPossible, Options, Phase, Result, Sce
 from cluster.control.drill.site import Site
 from cluster.control.drill.traffic import Traffic, ticks
 from cluster.control.report import Report
-from cluster.errors import ControlError, MantaError, PlanError
+from cluster.errors import ControlError, MantaError, PlanError, UsageError
 
 Found = TypeVar("Found")
 
@@ -72,11 +73,21 @@ class Drill:
         busy = (await self.client.health()).get("num_requests", 0)
         if busy:
             raise ControlError(f"{busy} requests of others are in flight; a drill needs the cluster for itself")
+        self._require_room()
         self.comparable, note = comparable(self.arguments)
         self.notes.append(note)
         self.report.say("Asking everything once while nothing happens.")
         asks = make_asks(self.site.model, self.arguments["context_tokens"], _NUM_ASKS, self.options.seed)
         await self._learn(asks)
+
+    def _require_room(self) -> None:
+        """UsageError where the drill alone would be too much: what is refused then proves nothing."""
+        places = num_places(self.site.config, self.arguments)
+        if self.options.lanes > places:
+            raise UsageError(
+                f"manta drill: {self.options.lanes} streams, but there are places for {places} requests "
+                "(gateway.limits.max_streams, batching); lower --streams"
+            )
 
     async def _learn(self, asks: Sequence[Ask]) -> None:
         traffic = Traffic(self.client, asks, self.options.patience_s)
@@ -177,7 +188,10 @@ class Drill:
     async def whole(self, num_replicas: int, without: set[int]) -> None:
         """Wait for ``num_replicas`` complete replicas in which none of the processes ``without`` is."""
         async for _ in ticks(self.options.patience_s, period_s=0.5):
-            replicas = await in_thread(self.site.replicas)
+            try:
+                replicas = await in_thread(self.site.replicas)
+            except ControlError:
+                continue  # control may be what was hurt
             pids = {pid for each in replicas for pid in (each.pid, *(stage.pid for stage in each.stages))}
             if len(replicas) >= num_replicas and not pids & without:
                 return
@@ -220,6 +234,12 @@ async def in_thread(work: Callable[[], Found]) -> Found:
     except asyncio.CancelledError:
         await asyncio.wait({task})
         raise
+
+
+def num_places(config: ClusterConfig, arguments: dict[str, Any]) -> int:
+    """Requests that may be inside at the same time, running or waiting, where there is one replica."""
+    in_replica = int(arguments["max_running"]) + int(arguments["max_waiting"])
+    return min(config.gateway.limits.max_streams * config.gateway.replicas, in_replica)
 
 
 def with_replicas(model: ModelConfig, count: int) -> ModelConfig:

@@ -12,8 +12,6 @@ from cluster.control.drill.traffic import ticks
 from cluster.control.observe import ReplicaStatus
 from cluster.errors import ControlError
 
-_MAX_KILLS = 5
-"""A replica whose stages die more often within ten minutes gives up, as it should."""
 _AFTER_HEAD_S = 10.0
 _EXPORT_TIMEOUT_S = 30.0
 
@@ -23,9 +21,7 @@ async def kill_stages(drill: Drill, phase: Phase) -> None:
     before = await in_thread(drill.site.recovery_parts)
     phase.traffic.start_lanes(drill.options.lanes)
     num_stages = len((await _first_replica(drill)).stages)
-    if num_stages > _MAX_KILLS:
-        phase.notes.append(f"only stages 0 to {_MAX_KILLS - 1} of {num_stages} were killed")
-    for index in range(min(num_stages, _MAX_KILLS)):
+    for index in list(range(num_stages)) * drill.options.rounds:
         victim = await _stage_process(drill, index)
         await drill.strike(phase, f"kill -9 of stage {index} (pid {victim.pid})", [victim], psutil.Process.kill)
     await drill.enough(phase)
@@ -44,7 +40,7 @@ async def stop_stage(drill: Drill, phase: Phase) -> None:
         await drill.strike(phase, f"kill -STOP of stage {last} (pid {victim.pid})", [victim], psutil.Process.suspend)
         phase.promises.append(await _ended(victim))
     finally:
-        if victim.is_running():
+        if _lives(victim):
             victim.resume()
     await drill.enough(phase)
     await _account(drill, phase, before)
@@ -64,9 +60,16 @@ async def _account(drill: Drill, phase: Phase, before: Parts) -> None:
 async def _ended(victim: psutil.Process) -> Promise:
     text = "the stuck process is ended"
     async for _ in ticks(10.0):
-        if not victim.is_running():
+        if not _lives(victim):
             return Promise(text=text, kept=True, detail=f"pid {victim.pid} is gone")
     return Promise(text=text, kept=False, detail=f"pid {victim.pid} is still there, stopped")
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 async def kill_replica(drill: Drill, phase: Phase) -> None:

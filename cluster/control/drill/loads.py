@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import psutil
 
 from cluster.control.drill.asks import Ask, short_ask
-from cluster.control.drill.drill import Drill, in_thread
-from cluster.control.drill.judge import Promise
+from cluster.control.drill.drill import Drill, in_thread, num_places
+from cluster.control.drill.judge import Hit, Promise, changed, pause
 from cluster.control.drill.memory import Memory
 from cluster.control.drill.phase import Phase
 from cluster.control.drill.rates import answered_per_second, overload_promises
@@ -28,6 +28,14 @@ async def undisturbed(drill: Drill, phase: Phase) -> None:
     """Mixed requests in each other's company; what the other scenarios are measured against."""
     phase.traffic.start_lanes(drill.options.lanes)
     await drill.enough(phase)
+    await phase.traffic.stop()
+    outcomes = phase.traffic.outcomes
+    usual = pause(outcomes, [Hit(what="nothing", at=outcomes[0].sent_at, until=time.monotonic())])
+    if usual is not None:
+        phase.notes.append(f"longest silence of a stream while nothing happens: {usual.max_s:.2f} s")
+    if not drill.comparable:
+        num_changed = len(changed(outcomes, drill.golden))
+        phase.notes.append(f"{num_changed} of {len(outcomes)} answers differ from those given in other company")
 
 
 async def overload(drill: Drill, phase: Phase) -> None:
@@ -36,7 +44,7 @@ async def overload(drill: Drill, phase: Phase) -> None:
     peak_tokens, peak_requests = await _peak(drill, phase)
     seconds = drill.options.load_s + _fill_s(drill, peak_requests)
     drill.report.say(f"  peak {peak_tokens:.1f} tokens/s, {peak_requests:.1f} requests/s; now 3 times that")
-    patience_s = drill.options.patience_s + 2 * _num_places(drill) / peak_requests
+    patience_s = drill.options.patience_s + 2 * num_places(drill.site.config, drill.arguments) / peak_requests
     traffic = phase.traffic = drill.new_traffic(_short_asks(drill), patience_s)
     began = time.monotonic()
     await traffic.send_at_rate(_OVERLOAD * peak_requests, seconds)
@@ -66,16 +74,9 @@ def _short_asks(drill: Drill) -> list[Ask]:
     return [short_ask(drill.site.model, number, _SHORT_TOKENS) for number in range(64)]
 
 
-def _num_places(drill: Drill) -> int:
-    """Requests that may be inside at the same time, running or waiting."""
-    settings = drill.site.config.gateway
-    in_replicas = int(drill.arguments["max_running"]) + int(drill.arguments["max_waiting"])
-    return min(settings.limits.max_streams * settings.replicas, in_replicas)
-
-
 def _fill_s(drill: Drill, peak_requests: float) -> float:
     """How long the places take to fill at the excess rate; bounded, as a queue may be longer than anybody waits."""
-    return min(_MAX_FILL_S, _num_places(drill) / ((_OVERLOAD - 1) * peak_requests))
+    return min(_MAX_FILL_S, num_places(drill.site.config, drill.arguments) / ((_OVERLOAD - 1) * peak_requests))
 
 
 async def disconnect(drill: Drill, phase: Phase) -> None:
@@ -110,6 +111,7 @@ async def soak(drill: Drill, phase: Phase) -> None:
     async for _ in ticks(drill.options.soak_s, period_s=_SAMPLE_S):
         memory.sample()
     await drill.enough(phase)
+    memory.sample()
     phase.promises.append(memory.is_flat())
 
 

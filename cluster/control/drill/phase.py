@@ -27,6 +27,8 @@ class Options:
     """Requests of each scenario, at least."""
     patience_s: float = 180.0
     """A request or a recovery that takes longer than this never ends."""
+    rounds: int = 1
+    """Kills of every stage."""
     load_s: float = 15.0
     """Length of each part of the overload."""
     num_cycles: int = 1000

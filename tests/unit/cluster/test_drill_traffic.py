@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from cluster.control.drill import loads
 from cluster.control.drill.asks import Ask, make_asks, short_ask
 from cluster.control.drill.client import Client
 from cluster.control.drill.drill import Drill
@@ -17,7 +18,7 @@ from cluster.control.drill.phase import NotPossible, Options, Phase, Scenario
 from cluster.control.drill.rates import overload_promises
 from cluster.control.drill.traffic import Traffic
 from cluster.control.report import LineReport
-from cluster.errors import ControlError, PlanError
+from cluster.errors import ControlError, PlanError, UsageError
 from tests.support.drill_servers import (
     FaultyBackend,
     OneReplicaSite,
@@ -187,7 +188,6 @@ async def test_a_pause_is_measured_and_keeps_the_promises(drilled: Drilled) -> N
     assert (result.num_failed, result.num_changed) == (0, 0)
     assert result.pause is not None
     assert 0.1 < result.pause.max_s <= result.pause.recover_s + 0.1
-    assert any(note.startswith("not asked: json") for note in drilled.drill.notes)
 
 
 async def test_streams_that_do_not_go_on_break_the_promise(drilled: Drilled) -> None:
@@ -272,7 +272,7 @@ async def test_an_interrupted_drill_waits_for_the_change_and_puts_the_cluster_ba
 
 
 async def test_bfloat16_is_not_compared_and_the_drill_says_so(drilled: Drilled) -> None:
-    drilled.site.arguments_found = {"dtype": "bfloat16", "kernels": "auto", "context_tokens": 512}
+    drilled.site.arguments_found |= {"dtype": "bfloat16", "kernels": "auto"}
 
     async def play(drill: Drill, phase: Phase) -> None:
         drilled.backend.fault = None
@@ -284,8 +284,54 @@ async def test_bfloat16_is_not_compared_and_the_drill_says_so(drilled: Drilled) 
     assert "not compared" in drilled.drill.notes[0]
 
 
+async def test_kinds_that_a_model_refuses_are_not_asked_and_the_drill_says_so(drilled: Drilled) -> None:
+    drilled.backend.fault = "no_chat"
+    assert await drilled.run(loads.undisturbed) == {}
+    assert {ask.kind for ask in drilled.drill.asks} == {"seeded", "choices", "logprobs"}
+    assert "not asked: chat (400: no chat template)" in drilled.drill.notes
+
+
 async def test_a_cluster_that_fails_undisturbed_is_not_drilled(drilled: Drilled) -> None:
     drilled.backend.fault = "fail"
     with pytest.raises(ControlError, match=r"fails while nothing happens.*stage 1 is lost"):
         await drilled.run(pause)
     assert drilled.site.calls == ["restore"]
+
+
+async def test_more_streams_than_places_are_wrong_usage(drilled: Drilled) -> None:
+    drilled.site.arguments_found |= {"max_running": 2, "max_waiting": 1}
+    with pytest.raises(UsageError, match="4 streams, but there are places for 3"):
+        await drilled.run(pause)
+
+
+async def test_an_undisturbed_run_tells_how_steady_streams_are(drilled: Drilled) -> None:
+    assert await drilled.run(loads.undisturbed) == {}
+    assert "longest silence" in drilled.drill.results[0].notes[0]
+
+
+async def test_an_overload_is_measured_against_its_peak(drilled: Drilled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.control.drill.loads._RAMP_S", 0.1)
+    drilled.drill.options = Options(load_s=0.5)
+    drilled.backend.replace_settings(max_streams=10)
+    await drilled.run(loads.overload)
+    (result,) = drilled.drill.results
+    promises = {promise.text: promise for promise in result.promises}
+    assert promises["every request is answered or refused with 429"].kept
+    assert "of" in promises["goodput is at least 90% of its peak"].detail
+
+
+async def test_clients_that_leave_are_survived(drilled: Drilled) -> None:
+    drilled.drill.options = Options(num_cycles=40)
+    assert await drilled.run(loads.disconnect) == {}
+    (result,) = drilled.drill.results
+    assert "40 connections dropped" in result.notes[0]
+    assert "all was free" in result.notes[1]
+
+
+async def test_a_soak_tells_the_slope_of_memory(drilled: Drilled) -> None:
+    drilled.drill.options = Options(soak_s=0.2, min_requests=4)
+    assert await drilled.run(loads.soak) == {}
+    (result,) = drilled.drill.results
+    (flat,) = (promise for promise in result.promises if promise.text == "memory is flat")
+    assert "gateway" in flat.detail
+    assert "too short a time to tell" in flat.detail
