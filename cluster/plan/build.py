@@ -15,13 +15,13 @@ from cluster.plan.partition import Range, cut_layers, explicit
 from cluster.plan.routing import gateway_settings, routing_table
 from cluster.plan.types import (
     GatewayAppArgs,
+    Kernels,
     KnownVersion,
     ModelApp,
     ModelFacts,
     ModelPlan,
     NodePlan,
     Plan,
-    Quantization,
     ReplicaRange,
     ReplicaSettings,
     StagePlan,
@@ -212,6 +212,8 @@ def _auto_threads(model: ModelConfig, nodes: Sequence[NodePlan], num_stages: int
 def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> StagePlan:
     shape = StepShape(
         dtype=model.dtype,
+        quantization=model.quantization,
+        kernels=_kernels_possible(model),
         max_step_tokens=model.batching.max_step_tokens,
         max_running=model.batching.max_running,
         num_blocks=model.num_kv_blocks,
@@ -226,16 +228,17 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
         has_embedding=start == 0,
         has_head=last,
         weight_bytes=weight_bytes(
-            facts, start=start, stop=stop, dtype=model.dtype, quantization=_quantization_in_memory(model)
+            facts, start=start, stop=stop, dtype=model.dtype, quantization=model.quantization, kernels=model.kernels
         ),
         kv_bytes=kv_bytes(facts, shape, stop - start),
         activation_bytes=activation_bytes(facts, shape, last=last),
     )
 
 
-def _quantization_in_memory(model: ModelConfig) -> Quantization | None:
-    """Without native kernels, quantized weights are unpacked to ``dtype`` as they are loaded."""
-    return None if model.kernels == "torch" else model.quantization
+def _kernels_possible(model: ModelConfig) -> Kernels:
+    """``kernels``, or torch where the config leaves no other."""
+    native = model.task == "generate" and model.device == "cpu" and model.dtype == "bfloat16"
+    return model.kernels if native else "torch"
 
 
 def _notes(

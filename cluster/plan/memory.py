@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass
 
-from cluster.plan.types import Dtype, ModelFacts, Quantization
+from cluster.plan.types import Dtype, Kernels, ModelFacts, Quantization
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZED_BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
 _HEAD_BITS = 8
 _GROUP_SIZE = 64
-"""4-bit weights that share one float32 scale; 8-bit ones do by the row."""
+"""4-bit weights that share one scale, of two bytes; 8-bit ones share one of four by the row."""
 _FLOAT32_BYTES = 4
+_KEY_LANE = 32
+_BF16_INPUT = 2
+_INTEGER_INPUT = 6
+"""Bytes that native kernels hold for each value that goes into a matrix product."""
 _MAX_PADDING = 2
 """Padded area of gathered contexts over their tokens, at most."""
 
@@ -19,6 +23,9 @@ class StepShape:
     """What bounds the tensors of one step: tokens computed, sequences sampled, and the KV pool they read."""
 
     dtype: Dtype
+    quantization: Quantization | None = None
+    kernels: Kernels = "torch"
+    """``auto`` counts what the hungrier of the two needs."""
     max_step_tokens: int
     max_running: int
     num_blocks: int
@@ -26,13 +33,20 @@ class StepShape:
 
 
 def weight_bytes(
-    facts: ModelFacts, *, start: int, stop: int, dtype: Dtype, quantization: Quantization | None = None
+    facts: ModelFacts,
+    *,
+    start: int,
+    stop: int,
+    dtype: Dtype,
+    quantization: Quantization | None = None,
+    kernels: Kernels = "auto",
 ) -> int:
     """Bytes of the parameters of layers ``start .. stop`` and of what stands before the first and after the last.
 
     A tied output head is the embedding's own tensor, so a last stage that is not the first holds a second copy; a
-    quantized one is always a second tensor. Norms and biases count as if they were quantized with the matrices of
-    their layers; they are less than a thousandth of a layer.
+    quantized one is always a second tensor. With torch, quantized weights are unpacked to ``dtype``; otherwise native
+    kernels are taken for granted, because without them quantizing would be pointless. Norms and biases count as if
+    they were quantized with the matrices of their layers; they are less than a thousandth of a layer.
     """
     size = DTYPE_BYTES[dtype]
     layers = sum(facts.layer_params[start:stop])
@@ -40,8 +54,8 @@ def weight_bytes(
     head = (facts.embedding_params if facts.tied_head else facts.head_params) if last else 0
     embedding = facts.embedding_params if first else 0
     other = facts.other_params * size if last else 0
-    if quantization is None:
-        shared = first and facts.tied_head
+    if quantization is None or kernels == "torch":
+        shared = first and facts.tied_head and quantization is None
         return (layers + embedding + (0 if shared else head)) * size + other
     row = facts.hidden_size
     return (
@@ -54,24 +68,44 @@ def weight_bytes(
 
 def _quantized_bytes(num_params: int, bits: int, row: int) -> int:
     """Packed integers and their scales, in rows of ``row``: longer ones have fewer scales."""
-    group = row if bits == _HEAD_BITS else _GROUP_SIZE
-    return num_params * bits // 8 + -(-num_params // group) * _FLOAT32_BYTES
+    group, scale_bytes = (row, 4) if bits == 8 else (_GROUP_SIZE, 2)
+    return num_params * bits // 8 + -(-num_params // group) * scale_bytes
 
 
-def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype) -> int:
-    """Bytes of the keys and values of one token in one layer."""
-    return 2 * facts.num_kv_heads * facts.head_dim * DTYPE_BYTES[dtype]
+def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype, kernels: Kernels = "torch") -> int:
+    """Bytes of the keys and values of one token in one layer; native kernels hold keys in rows of 32 values."""
+    plain = 2 * facts.head_dim * DTYPE_BYTES[dtype]
+    native = (-(-facts.head_dim // _KEY_LANE) * _KEY_LANE + facts.head_dim) * DTYPE_BYTES["bfloat16"]
+    return facts.num_kv_heads * _most({"torch": plain, "native": native}, kernels)
 
 
 def kv_bytes(facts: ModelFacts, shape: StepShape, num_layers: int) -> int:
     """Bytes of the paged KV cache of ``num_layers`` layers; nothing for a model that keeps no past."""
     if facts.task == "embed":
         return 0
-    return shape.num_blocks * shape.block_tokens * num_layers * kv_bytes_per_token(facts, shape.dtype)
+    per_token = kv_bytes_per_token(facts, shape.dtype, shape.kernels)
+    return shape.num_blocks * shape.block_tokens * num_layers * per_token
 
 
 def activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool) -> int:
-    """Most bytes of intermediate tensors at once, in one step of ``max_step_tokens`` tokens.
+    """Most bytes of intermediate tensors at once, in one step of ``max_step_tokens`` tokens."""
+    last = last and facts.task != "embed"
+    return _most(
+        {
+            "torch": _torch_activation_bytes(facts, shape, last=last),
+            "native": _native_activation_bytes(facts, shape, last=last),
+        },
+        shape.kernels,
+    )
+
+
+def _most(num_bytes: dict[Kernels, int], kernels: Kernels) -> int:
+    """What ``kernels`` needs; with ``auto`` it is the processor that decides, so whatever is more."""
+    return num_bytes.get(kernels, max(num_bytes.values()))
+
+
+def _torch_activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool) -> int:
+    """Of transformers' modules.
 
     Either one layer (residual and its copy, queries, keys, values, attention output, the two halves of the MLP, and
     the keys and values gathered from their blocks), or, on the last stage, the logits: one row per sequence in the
@@ -87,7 +121,21 @@ def activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool) -> int:
     if facts.task == "generate":
         gathered = _MAX_PADDING * shape.num_blocks * shape.block_tokens * kv_bytes_per_token(facts, shape.dtype)
     layer = shape.max_step_tokens * per_token * size + gathered
-    if not last or facts.task == "embed":
-        return layer
     logits = shape.max_running * facts.vocab_size * (size + 2 * _FLOAT32_BYTES)
-    return max(layer, logits)
+    return max(layer, logits) if last else layer
+
+
+def _native_activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool) -> int:
+    """Of the native kernels: float32 residual, queries, keys and values, and the inputs of matrix products.
+
+    Those are bfloat16, or three bytes of integers twice over with quantized weights. Logits are float32 and stay
+    beside them; sampling makes two more copies.
+    """
+    queries = facts.num_attention_heads * facts.head_dim
+    kv = facts.num_kv_heads * facts.head_dim
+    wide = _FLOAT32_BYTES * (facts.hidden_size + queries + 2 * kv)
+    inputs = (_BF16_INPUT if shape.quantization is None else _INTEGER_INPUT) * (
+        facts.hidden_size + queries + facts.intermediate_size
+    )
+    logits = shape.max_running * facts.vocab_size * 3 * _FLOAT32_BYTES if last else 0
+    return shape.max_step_tokens * (wide + inputs) + logits

@@ -1,5 +1,6 @@
 """Bytes per stage, against sums done by hand."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -33,7 +34,7 @@ def test_untied_stages_add_up_to_the_whole_model(cuts):
     assert parts == weight_bytes(untied, start=0, stop=30, dtype="float16")
 
 
-@pytest.mark.parametrize(("quantization", "bytes_of_row"), [("int8", 576 + 4), ("int4", 576 // 2 + 576 // 64 * 4)])
+@pytest.mark.parametrize(("quantization", "bytes_of_row"), [("int8", 576 + 4), ("int4", 576 // 2 + 576 // 64 * 2)])
 def test_quantized_layers_are_integers_and_scales_beside_the_embedding_and_a_head_in_8_bits(
     quantization, bytes_of_row
 ):
@@ -71,3 +72,31 @@ def test_decoding_gathers_at_most_twice_the_tokens_of_the_pool():
 def test_more_tokens_in_a_step_need_more_memory():
     larger = StepShape(dtype="bfloat16", max_step_tokens=1024, max_running=32, num_blocks=1024, block_tokens=16)
     assert activation_bytes(facts(), larger, last=False) > activation_bytes(facts(), SHAPE, last=False)
+
+
+def test_native_kernels_gather_nothing_and_hold_keys_in_rows_of_32():
+    native = replace(SHAPE, kernels="native")
+    padded = facts().model_copy(update={"head_dim": 80})
+    assert kv_bytes(facts(), native, 19) == kv_bytes(facts(), SHAPE, 19)
+    assert kv_bytes(padded, native, 1) * 160 == kv_bytes(padded, SHAPE, 1) * (96 + 80)
+    hidden, queries, kv, inner = 576, 9 * 64, 3 * 64, 1536
+    layer = 512 * (4 * (hidden + queries + 2 * kv) + 2 * (hidden + queries + inner))
+    assert activation_bytes(facts(), native, last=False) == layer
+    assert activation_bytes(facts(), native, last=True) == layer + 32 * 49152 * 12
+
+
+def test_integers_before_matrix_products_take_three_times_the_room():
+    plain, quantized = (replace(SHAPE, kernels="native", quantization=each) for each in (None, "int4"))
+    more = activation_bytes(facts(), quantized, last=False) - activation_bytes(facts(), plain, last=False)
+    assert more == 512 * 4 * (576 + 576 + 1536)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_where_the_processor_decides_the_hungrier_kernels_are_counted(last):
+    each = [activation_bytes(facts(), replace(SHAPE, kernels=kernels), last=last) for kernels in ("torch", "native")]
+    assert activation_bytes(facts(), replace(SHAPE, kernels="auto"), last=last) == max(each)
+
+
+def test_torch_unpacks_quantized_weights_and_cannot_share_a_tied_head_any_more():
+    unpacked = weight_bytes(facts(), start=0, stop=30, dtype="bfloat16", quantization="int4", kernels="torch")
+    assert unpacked == weight_bytes(facts(), start=0, stop=30, dtype="bfloat16") + 28_311_552 * 2
