@@ -41,7 +41,8 @@ class LoadedSlice(Protocol):
 def load_slice(config: RunnerConfig) -> LoadedSlice:
     """The slice on native kernels, or on torch where ``config.kernels`` or the model or the machine wants it so.
 
-    The log says which, and why. Importing transformers takes seconds, so only what needs it does.
+    The log says which, and why, and warns when quantized weights have to be unpacked for torch. Importing
+    transformers takes seconds, so only what needs it does.
     Raises UnsupportedModelError where ``config.kernels`` is native and they cannot be used.
     """
     reason = "kernels is set to torch"
@@ -56,6 +57,12 @@ def load_slice(config: RunnerConfig) -> LoadedSlice:
     if config.kernels == "native":
         raise UnsupportedModelError(f"native kernels cannot be used: {reason}; set kernels to auto")
     logger.info("torch kernels: %s", reason)
+    if config.quantization is not None and config.kernels == "auto":
+        logger.warning(
+            "%s weights are unpacked to %s, so they take the memory of that, more than was planned",
+            config.quantization,
+            config.dtype,
+        )
     loaded: LoadedSlice = importlib.import_module("deployments.runtime.torch_slice").TorchSlice(config)
     return loaded
 
