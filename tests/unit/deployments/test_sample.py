@@ -3,13 +3,14 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.messages import SamplingParams, SequenceStart
-from deployments.runtime.sample import Sampler
+from deployments.runtime.sample import Sampler, SequenceSampler, _first_above
 
 VOCABULARY = 50
 
@@ -141,3 +142,70 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
 def test_a_sequence_that_was_never_started_is_an_error() -> None:
     with pytest.raises(KeyError):
         Sampler().sample([5], logits())
+
+
+def numbers(seed: int, choice: int, first_position: int, count: int) -> list[float]:
+    """The first number of each position's own counter, as the sampler promises them for ever."""
+    key = np.array((seed % 2**64, choice), dtype=np.uint64)
+    positions = range(first_position, first_position + count)
+    return [float(np.random.Philox(key=key, counter=p).random_raw() >> 11) * 2.0**-53 for p in positions]
+
+
+@pytest.mark.parametrize(("seed", "choice"), [(0, 0), (11, 3), (-5, 1), (2**63 - 1, 0)])
+def test_the_numbers_depend_on_seed_choice_and_position_alone(seed: int, choice: int) -> None:
+    row = SequenceSampler(start(prompt=(1, 2, 3), seed=seed, choice=choice))
+    drawn = []
+    for position in range(12):
+        if position % 3:  # positions at which nothing was drawn do not shift those after them
+            drawn.append((position, row.uniform()))
+        row.append(4)
+    expected = numbers(seed, choice, 3, 12)
+    assert drawn == [(position, expected[position]) for position, _ in drawn]
+    assert numbers(11, 0, 5, 2) == [0.16776829487128186, 0.891564760784155]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    size=st.sampled_from([1, 7, 255, 256, 257, 1000]),
+    logits_seed=st.integers(0, 1000),
+    temperature=st.sampled_from([0.2, 1.0, 3.0]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    top_k=st.sampled_from([None, 1, 3, 200]),
+    min_p=st.sampled_from([0.0, 0.05]),
+)
+def test_a_draw_is_the_inverse_transform_of_the_truncated_distribution(
+    size: int, logits_seed: int, temperature: float, top_p: float, top_k: int | None, min_p: float
+) -> None:
+    row = np.random.default_rng(logits_seed).normal(scale=3.0, size=size).astype(np.float32)
+    weights = np.exp((row.astype(np.float64) - row.max()) / temperature)
+    order = np.argsort(-weights)
+    kept = [i for i in order if weights[i] >= min_p * weights.max()][: top_k or size]
+    target = weights[kept].sum() * top_p
+    num_kept = int(np.searchsorted(weights[kept].cumsum(), target)) + 1
+    kept = sorted(kept[:num_kept])
+    params = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    for seed in range(8):
+        uniform = numbers(seed, 0, 2, 1)[0]
+        cumulative = weights[kept].cumsum() / weights[kept].sum()
+        allowed = {kept[int(np.searchsorted(cumulative, u, side="right"))] for u in (uniform - 1e-6, uniform + 1e-6)}
+        assert draw(start(seed=seed, **params), torch.from_numpy(row)) in allowed
+
+
+def test_a_draw_that_rounds_to_the_end_is_the_last_token_of_some_probability() -> None:
+    logits_V = torch.full((600,), -torch.inf)
+    logits_V[[3, 290]] = 0.0
+    drawn = {draw(start(seed=seed), logits_V) for seed in range(40)}
+    assert drawn == {3, 290}
+    assert _first_above(np.array([0.5, 1.0, 1.0]), 1.0) == 1
+
+
+def test_plain_rows_and_others_of_one_step_do_not_disturb_each_other() -> None:
+    rows = logits(3, rows=3)
+    sampler = Sampler()
+    sampler.start(start(1, temperature=0.0))
+    sampler.start(start(2, temperature=0.0, logit_bias={9: 100.0}))
+    sampler.start(start(3, temperature=0.0, logprobs=1))
+    samples = sampler.sample([1, 2, 3], rows)
+    best = rows.argmax(-1).tolist()
+    assert [sample.token_id for sample in samples] == [best[0], 9, best[2]]
+    assert [sample.logprob is None for sample in samples] == [True, True, False]
