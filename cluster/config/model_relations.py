@@ -170,6 +170,30 @@ def _native_kernels_are_possible(config: ClusterConfig, index: int) -> Iterator[
             return
 
 
+def _vllm_is_possible(config: ClusterConfig, index: int) -> Iterator[Finding]:
+    model = config.models[index]
+    if model.engine.kind != "vllm":
+        return
+    pipeline, at = model.pipeline, _at(index, "engine", "kind")
+    reasons = {
+        "task": (model.task, model.task == "generate", "set task to generate, or remove engine"),
+        "pipeline.stages": (pipeline.stages, pipeline.stages in ("auto", 1), "set pipeline.stages to 1"),
+        "pipeline.split": (pipeline.split, pipeline.split is None, "remove pipeline.split"),
+        "quantization": (model.quantization, model.quantization is None, "remove quantization"),
+        "kernels": (model.kernels, model.kernels == "auto", "remove kernels"),
+    }
+    for key, (written, fits, remedy) in reasons.items():
+        if not fits:
+            yield Finding(
+                at=at,
+                message=f"cannot be had with {key} {written}",
+                value="vllm",
+                limit="task generate in one stage, with weights and kernels as vLLM chooses them",
+                remedy=f"{remedy}, or set engine to {{kind: manta}}",
+            )
+            return
+
+
 def _cuda_has_gpus(config: ClusterConfig, index: int) -> Iterator[Finding]:
     model = config.models[index]
     if model.device == "cuda" and model.resources.stage_gpus == 0:
@@ -311,6 +335,7 @@ MODEL_RULES: tuple[ModelRule, ...] = (
     _digest_has_one_file,
     _quantization_is_possible,
     _native_kernels_are_possible,
+    _vllm_is_possible,
     _cuda_has_gpus,
     _gpu_share_is_whole,
     _some_node_has_gpus,

@@ -1,7 +1,7 @@
 """One entry of ``models:``: where a model comes from, how it is cut into stages, batched, and scaled."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
@@ -107,6 +107,37 @@ class ReplicasSection(StrictModel):
     """How long the load must be low before a copy is removed."""
 
 
+def _check_python(value: object) -> object:
+    if not isinstance(value, str) or not value.startswith("/"):
+        refuse(
+            "is not the absolute path of a Python",
+            limit="a path that starts with /",
+            remedy="write the python of vLLM's environment, such as /opt/vllm/bin/python, which every node must have",
+        )
+    return value
+
+
+class MantaEngine(StrictModel):
+    """Manta's own engine: pipelines of stages, native kernels on CPUs."""
+
+    kind: Literal["manta"] = "manta"
+    """``manta``: Manta's own engine. ``vllm``: vLLM computes, for its kernels on GPUs."""
+
+
+class VllmEngine(StrictModel):
+    """vLLM computes each replica, in one process of an environment of its own; Manta does everything else."""
+
+    kind: Literal["vllm"]
+    """``manta``: Manta's own engine. ``vllm``: vLLM computes, for its kernels on GPUs."""
+    python: Annotated[str, BeforeValidator(_check_python, json_schema_input_type=str)]
+    """Python 3.11 or newer that has vLLM, by its absolute path, on every node that may hold the model."""
+    compile: bool = True
+    """Whether vLLM compiles the model as it starts: a minute or more, for faster steps."""
+
+
+Engine: TypeAlias = MantaEngine | VllmEngine
+
+
 class ModelConfig(StrictModel):
     """One served model."""
 
@@ -120,6 +151,8 @@ class ModelConfig(StrictModel):
     """``generate`` writes text, ``embed`` turns text into vectors."""
     dtype: Dtype = "bfloat16"
     """Number format of weights and computation; ``float32`` is exact and twice the size."""
+    engine: Annotated[Engine, Field(discriminator="kind")] = MantaEngine()
+    """What computes the tokens."""
     quantization: Quantization | None = None
     """Weights of the layers in 8 or 4 bits, made when stages load: a half or a quarter of the memory to read for each
     token. What it costs in quality, `manta quality` measures."""

@@ -45,6 +45,7 @@ def _model_parts(model: ModelPlan) -> list[RenderableType]:
         return [heading, Text("  Version, stages and memory are known after import.")]
     args = model.args
     weights = f", weights {args.quantization}" if args.quantization is not None else ""
+    weights += ", computed by vLLM" if args.vllm is not None else ""
     line = (
         f"  {args.app}: {args.dtype}{weights} on {args.device}, {args.replicas.min} to {args.replicas.max} replicas, "
         f"context {args.context_tokens}, {args.placement_strategy}"

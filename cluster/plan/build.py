@@ -5,7 +5,7 @@ Pure: the same config, versions and code digest give the same Plan, byte for byt
 
 from collections.abc import Mapping, Sequence
 
-from cluster.config.models import ModelConfig
+from cluster.config.models import Engine, MantaEngine, ModelConfig
 from cluster.config.nodes import NodeGroup, UriCode
 from cluster.config.schema import ClusterConfig
 from cluster.errors import PlanError
@@ -25,6 +25,7 @@ from cluster.plan.types import (
     ReplicaRange,
     ReplicaSettings,
     StagePlan,
+    VllmArgs,
 )
 from cluster.units import format_bytes
 
@@ -119,7 +120,8 @@ def _app_args(
 
 def _auto_can_split(model: ModelConfig, nodes: Sequence[NodePlan]) -> bool:
     """More stages help only where memory is what is short, and that is known where nodes declare it."""
-    return model.task == "generate" and _reserves_memory(model, nodes)
+    can = model.task == "generate" and model.engine.kind == "manta"
+    return can and _reserves_memory(model, nodes)
 
 
 def _reserves_memory(model: ModelConfig, nodes: Sequence[NodePlan]) -> bool:
@@ -196,7 +198,14 @@ def _with_stages(
         ),
         code_digest=code_digest,
         registry_name=None if version.name == model.name else version.name,
+        vllm=_vllm_args(model.engine),
     )
+
+
+def _vllm_args(engine: Engine) -> VllmArgs | None:
+    if isinstance(engine, MantaEngine):
+        return None
+    return VllmArgs(python=engine.python, compile=engine.compile)
 
 
 def _auto_threads(model: ModelConfig, nodes: Sequence[NodePlan], num_stages: int) -> int:

@@ -84,6 +84,14 @@ class ReplicaSettings(PlanModel):
     """How long a stopping replica lets its requests finish."""
 
 
+class VllmArgs(PlanModel):
+    """How to run vLLM for a model."""
+
+    python: str
+    """Python of the environment that vLLM is in, on the node of the stage."""
+    compile: bool
+
+
 class ModelAppArgs(PlanModel):
     """Arguments of ``deployments.app:build_model``: what a replica must know as it starts; a change restarts it."""
 
@@ -127,6 +135,8 @@ class ModelAppArgs(PlanModel):
     """Digest of the three packages that made the plan; a replica running other code refuses to start."""
     registry_name: str | None = None
     """Name of the model in the registry where it differs from ``model`` (a ``registry://`` source)."""
+    vllm: VllmArgs | None = None
+    """Run by vLLM instead of Manta's own engine; then in one stage."""
 
 
 class ModelApp(ModelAppArgs):

@@ -273,6 +273,26 @@ MISTAKES = {
         TAIL, "    dtype: float32\n    kernels: native #!", "models[0].kernels", "dtype float32", "dtype to bfloat16"
     ),
     "native embedding": in_model("task: embed\nkernels: native #!", "kernels", "task embed", "set kernels to auto"),
+    "vLLM without its Python": in_model("engine: {kind: vllm} #!", "engine.python", "missing", "Python 3.11"),
+    "vLLM by a relative path": in_model(
+        "engine: {kind: vllm, python: venv/bin/python} #!", "engine.python", "absolute path", "/opt/vllm/bin/python"
+    ),
+    "vLLM in stages": in_model(
+        "pipeline: {stages: 2}\nengine: {kind: vllm, python: /opt/vllm/bin/python} #!",
+        "engine.kind",
+        "pipeline.stages 2",
+        "set pipeline.stages to 1",
+    ),
+    "vLLM quantized": in_model(
+        "quantization: int8\nengine: {kind: vllm, python: /opt/vllm/bin/python} #!",
+        "engine.kind",
+        "quantization int8",
+        "remove quantization",
+    ),
+    "vLLM for vectors": in_model(
+        "task: embed\nengine: {kind: vllm, python: /opt/vllm/bin/python} #!", "engine.kind", "task embed", "generate"
+    ),
+    "engine by its name alone": in_model("engine: vllm #!", "engine", "mapping", "kind"),
     "cuda without GPU node": in_model(
         "device: cuda #!\nresources: {stage_gpus: 1}", "device", "no node has one", "`GPU: 1`"
     ),
