@@ -38,6 +38,7 @@ from deployments.replica.constraints import GrammarChecker
 from deployments.replica.encode import PromptEncoder
 from deployments.replica.link import LINK_ERRORS, StageLink
 from deployments.replica.observe import EngineStats, EngineTelemetry, MeanDuration, NoTelemetry
+from deployments.replica.planner import Planner
 from deployments.replica.request import Choice, Request
 from deployments.replica.scheduler import Scheduler, SchedulerConfig
 from deployments.replica.sequence import SequenceState
@@ -87,11 +88,15 @@ class Engine:
         tokenizer: TextTokenizer,
         link: StageLink,
         *,
+        planner: Planner | None = None,
         grammars: GrammarChecker | None = None,
         telemetry: EngineTelemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``grammars`` judges those of requests, and is the caller's to stop; without it they are refused."""
+        """``grammars`` judges those of requests, and is the caller's to stop; without it they are refused.
+
+        ``planner`` decides the steps where the stages do more by themselves than Manta's own.
+        """
         self.config = config
         self.failed: str | None = None
         """Why the stages cannot be used; None while they can."""
@@ -99,7 +104,7 @@ class Engine:
         """Whether :meth:`recover` may mend the failure; False when the engine itself is at fault."""
         self._failure = asyncio.Event()
         self.pool = BlockPool(config.num_blocks, config.block_tokens, prefix_caching=config.prefix_caching)
-        self.scheduler = Scheduler(_scheduler_config(config, link), self.pool)
+        self.scheduler: Planner = planner or Scheduler(_scheduler_config(config, link), self.pool)
         self._tokenizer = tokenizer
         self._link = link
         self._grammars = grammars
@@ -292,8 +297,10 @@ class Engine:
                 self.scheduler.end(choice.sequence)
         if not self._requests:
             self._idle.set()
-            if self.pool.num_used:
-                self._fail(f"{self.pool.num_used} blocks are held by nobody; this is a bug", recoverable=False)
+            if self.scheduler.num_blocks_used:
+                self._fail(
+                    f"{self.scheduler.num_blocks_used} blocks are held by nobody; this is a bug", recoverable=False
+                )
         self._wake.set()
 
     def _refuse(self, request: Request, code: RefusalCode, message: str, *, param: str | None = None) -> None:
@@ -447,7 +454,7 @@ class Engine:
             num_running=self.scheduler.num_running,
             num_waiting=len(self.scheduler.waiting),
             num_waiting_tokens=sum(s.num_uncomputed for s in sequences if s.num_uncomputed > 1),
-            kv_used_fraction=self.pool.num_used / self.pool.num_blocks,
+            kv_used_fraction=self.scheduler.kv_used_fraction,
             draining=self._draining,
         )
 
@@ -465,8 +472,8 @@ class Engine:
             num_requests_cancelled=self._num_cancelled,
             num_running=self.scheduler.num_running,
             num_waiting=len(self.scheduler.waiting),
-            num_blocks_used=self.pool.num_used,
-            kv_used_fraction=self.pool.num_used / self.pool.num_blocks,
+            num_blocks_used=self.scheduler.num_blocks_used,
+            kv_used_fraction=self.scheduler.kv_used_fraction,
         )
 
 

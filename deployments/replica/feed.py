@@ -1,8 +1,8 @@
-"""What takes the scheduler's place before an engine that schedules by itself: sequences enter, steps without a plan leave.
+"""What takes the scheduler's place before an engine that schedules by itself: sequences enter, bare steps leave.
 
 Such an engine (vLLM) batches, chunks prompts and keeps its cache as it sees fit. A step only tells it which sequences
-begin and which have ended, and asks for whatever it samples next; two steps are in flight while anything runs, so that
-the engine never waits for the replica.
+begin and which have ended, and asks for whatever it samples next; two steps are in flight while anything runs, so
+that the engine never waits for the replica.
 """
 
 from bisect import insort
@@ -106,6 +106,7 @@ class Feed:
             sequence = self._running.get(sample.sequence_id)
             if sequence is not None:
                 sequence.tokens.append(sample.token_id)
+                sequence.num_computed = len(sequence.tokens)
                 taken.append((sequence, sample))
         return taken
 

@@ -114,6 +114,16 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_blocks_used(self) -> int:
+        """Blocks that sequences hold."""
+        return self._pool.num_used
+
+    @property
+    def kv_used_fraction(self) -> float:
+        """Blocks held, of all there are."""
+        return self._pool.num_used / self._pool.num_blocks
+
+    @property
     def num_in_flight(self) -> int:
         """Steps sent and not answered."""
         return len(self._in_flight)
