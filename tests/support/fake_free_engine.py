@@ -1,7 +1,8 @@
 """An engine that schedules by itself, behind the engine's StageLink, as vLLM does: no blocks, no plan.
 
-Each step it advances some of its sequences, drawn from ``seed``: none, some, or all. A token is the same function of history, seed, choice and position as in :mod:`tests.support.fake_stage`. It ends sequences by itself at an end
-token, a stop token or their limit, and goes on where the replica has to find the end (stop strings).
+Each step it advances some of its sequences, drawn from ``seed``: none, some, or all. A token is the same function of
+history, seed, choice and position as in :mod:`tests.support.fake_stage`. It ends sequences by itself at an end token,
+a stop token or their limit, and goes on where the replica has to find the end (stop strings).
 """
 
 import asyncio
