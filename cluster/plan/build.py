@@ -10,7 +10,7 @@ from cluster.config.nodes import NodeGroup, UriCode
 from cluster.config.schema import ClusterConfig
 from cluster.errors import PlanError
 from cluster.plan.capacity import can_surge, check_capacity, check_one_replica, maximum_fits, one_replica_fits
-from cluster.plan.memory import StepShape, activation_bytes, kv_bytes, weight_bytes
+from cluster.plan.memory import VLLM_BYTES, StepShape, activation_bytes, kv_bytes, weight_bytes
 from cluster.plan.partition import Range, cut_layers, explicit
 from cluster.plan.routing import gateway_settings, routing_table
 from cluster.plan.types import (
@@ -230,6 +230,7 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
     )
     start, stop = layers
     last = stop == facts.num_layers
+    engine_bytes = 0 if isinstance(model.engine, MantaEngine) else VLLM_BYTES
     return StagePlan(
         index=index,
         layer_start=start,
@@ -240,7 +241,7 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
             facts, start=start, stop=stop, dtype=model.dtype, quantization=model.quantization, kernels=model.kernels
         ),
         kv_bytes=kv_bytes(facts, shape, stop - start),
-        activation_bytes=activation_bytes(facts, shape, last=last),
+        activation_bytes=activation_bytes(facts, shape, last=last) + engine_bytes,
     )
 
 

@@ -14,6 +14,9 @@ _KEY_LANE = 32
 _BF16_INPUT = 2
 _INTEGER_INPUT = 6
 """Bytes that native kernels hold for each value that goes into a matrix product."""
+VLLM_BYTES = 2 * 2**30
+"""What a process of vLLM takes besides weights and cache: 1.0 GiB of libraries and buffers for a small model that is
+not compiled, and more while it compiles."""
 _MAX_PADDING = 2
 """Padded area of gathered contexts over their tokens, at most."""
 

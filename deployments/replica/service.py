@@ -41,6 +41,7 @@ from deployments.messages import (
 from deployments.replica.constraints import GrammarChecker
 from deployments.replica.embed import EmbedConfig, EmbedEngine
 from deployments.replica.engine import Engine, EngineConfig
+from deployments.replica.feed import Feed
 from deployments.replica.session import GatewaySession
 from deployments.replica.supervise import Supervisor
 from deployments.replica.telemetry import ReplicaTelemetry
@@ -122,7 +123,12 @@ class ReplicaService:
             self._engine = EmbedEngine(_embed_config(args), self._tokenizer, link)
         else:
             self._engine = Engine(
-                _engine_config(args), self._tokenizer, link, grammars=self._grammars, telemetry=self._telemetry
+                _engine_config(args),
+                self._tokenizer,
+                link,
+                planner=None if args.vllm is None else Feed(args.max_running),
+                grammars=self._grammars if args.vllm is None else None,
+                telemetry=self._telemetry,
             )
         await self._engine.start()
         await self._warm_up()

@@ -20,7 +20,6 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from deployments.messages import Sample, SequenceStart, StepInput
 
-
 # The replica knows of a sequence's end with its last sample, two steps later at the latest, and says so.
 _MAX_IDLE_STEPS = 8
 

@@ -9,6 +9,7 @@ class StepDeadline:
 
     A step is compared with honest ones of about its size (the same power of two) or larger: twenty times the longest
     of them is the limit. Before there is one, the ceiling holds: a first step may have something to load or compile.
+    It also holds for a step of 0 tokens, which is one whose size only the engine behind the stage decides.
     A false alarm costs a new stage process and a pause, never a token, so a loaded machine needs no exact limit.
     """
 
@@ -18,6 +19,8 @@ class StepDeadline:
 
     def limit_s(self, num_tokens: int) -> float:
         """How long a step over ``num_tokens`` may take."""
+        if num_tokens == 0:
+            return self._ceiling_s
         known = [seconds for size, seconds in self._longest_s.items() if size >= num_tokens.bit_length()]
         if not known:
             return self._ceiling_s

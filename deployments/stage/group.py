@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.plan.types import ModelAppArgs
 from deployments.stage.actor import StageActor
 from deployments.stage.link import Repair, StageAddress, StageLink
+from deployments.stage.vllm_actor import VllmActor
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ class StageGroup:
         name = f"manta:{args.app}:{self._replica_id}:stage-{index}" + (
             f":{number}" if self._is_replacement(index) else ""
         )
-        return ray.remote(StageActor).options(name=name, **options).remote(args, index)
+        kind = StageActor if args.vllm is None else VllmActor
+        return ray.remote(kind).options(name=name, **options).remote(args, index)
 
     def _is_replacement(self, index: int) -> bool:
         return index < len(self._actors)

@@ -12,11 +12,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 import deployments
@@ -28,10 +31,11 @@ from cluster.telemetry.log import log_to_stderr
 from deployments.stage.link import StageAddress
 
 _TOLD_LINES = 20
+_LAST_WORDS_S = 5.0
 
 
 class VllmActor:
-    """The only stage of a replica with ``engine: vllm``; the same calls as a :class:`StageActor`."""
+    """The only stage of a replica with ``engine: vllm``; called as :class:`deployments.stage.actor.StageActor` is."""
 
     def __init__(self, args: ModelAppArgs, index: int) -> None:
         assert index == 0, "vLLM is one stage; this is a bug"
@@ -40,6 +44,7 @@ class VllmActor:
 
     def start(self) -> StageAddress:
         """Start vLLM unless it runs, and have it listen anew; raises RuntimeError with its last words if it dies."""
+        begin = time.monotonic()
         if self._process is None or not self._process.lives:
             log_to_stderr(model=self._args.model, version=self._args.version, stage=0)
             check_code_digest(self._args.code_digest)
@@ -47,7 +52,16 @@ class VllmActor:
             name = self._args.registry_name or self._args.model
             directory = materialize(registry, registry.get(name, self._args.version))
             self._process = VllmProcess(self._args, directory)
-        return self._process.listen(ray.util.get_node_ip_address())
+        load_s = time.monotonic() - begin
+        address, secret = self._process.listen(ray.util.get_node_ip_address())
+        return StageAddress(
+            address=address,
+            secret=secret,
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=self._process.pid,
+            process_started_at=psutil.Process(self._process.pid).create_time(),
+            load_s=load_s,
+        )
 
     def serve(self) -> None:
         """Serving began with :meth:`start`."""
@@ -78,7 +92,8 @@ class VllmProcess:
                 f"models.{args.model}.engine.python: {self._python} cannot be run on this node: {error}; "
                 "install vLLM's environment at this path on every node that may hold the model"
             ) from error
-        threading.Thread(target=self._pass_on, daemon=True).start()
+        self._passing_on = threading.Thread(target=self._pass_on, daemon=True)
+        self._passing_on.start()
         self._ask(json.dumps(settings_of(args, directory)))
 
     def _pass_on(self) -> None:
@@ -97,7 +112,7 @@ class VllmProcess:
         except OSError:
             answer = ""
         if not answer:
-            status = self._process.wait()
+            status = self.end(_LAST_WORDS_S)
             told = "".join(self._last_lines).strip()
             raise RuntimeError(f"vLLM ({self._python}) ended with status {status}; its last words:\n{told}")
         found: dict[str, Any] = json.loads(answer)
@@ -108,10 +123,28 @@ class VllmProcess:
         """Whether it still runs."""
         return self._process.poll() is None
 
-    def listen(self, host: str) -> StageAddress:
-        """Forget every sequence and listen on ``host`` for the replica."""
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def end(self, grace_s: float = 0.0) -> int:
+        """Kill it, unless it ends by itself in time; returns its exit status. It also ends when this process does."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_s)
+        self._process.kill()
+        status = self._process.wait()
+        self._passing_on.join()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
+        return status
+
+    def listen(self, host: str) -> tuple[str, bytes]:
+        """Forget every sequence and listen on ``host`` for the replica; returns the address and its secret."""
         answer = self._ask(host)
-        return StageAddress(address=answer["address"], secret=bytes.fromhex(answer["secret"]))
+        return answer["address"], bytes.fromhex(answer["secret"])
 
 
 def settings_of(args: ModelAppArgs, directory: Path) -> dict[str, object]:

@@ -292,7 +292,7 @@ MISTAKES = {
     "vLLM for vectors": in_model(
         "task: embed\nengine: {kind: vllm, python: /opt/vllm/bin/python} #!", "engine.kind", "task embed", "generate"
     ),
-    "engine by its name alone": in_model("engine: vllm #!", "engine", "mapping", "kind"),
+    "engine by its name alone": in_model("engine: vllm #!", "engine", "must say its kind", "kind: manta"),
     "cuda without GPU node": in_model(
         "device: cuda #!\nresources: {stage_gpus: 1}", "device", "no node has one", "`GPU: 1`"
     ),

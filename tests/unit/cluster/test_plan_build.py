@@ -7,6 +7,7 @@ import pytest
 
 from cluster.errors import PlanError
 from cluster.plan.build import build_plan
+from cluster.plan.memory import VLLM_BYTES
 from cluster.plan.serve_app import NO_PROXIES, gateway_app, model_apps, serve_config
 from cluster.plan.types import Plan
 from tests.unit.cluster.plan_examples import MINILM, ONE_BOX, SMOLLM2, config, facts, known, minilm_facts
@@ -45,6 +46,19 @@ def test_golden_file(name):
 
 def test_a_plan_survives_json():
     assert Plan.model_validate_json(both().model_dump_json()) == both()
+
+
+def test_vllm_takes_one_stage_and_memory_of_its_own():
+    nodes = "    - {name: node, resources: {CPU: 2, memory: 8GiB}, min: 1, max: 4}\n"
+    ours = SMOLLM2.replace("{stages: 2}", "{stages: 1}")
+    ours = build_plan(config(ours, nodes, EXISTING), {"smollm2": known()}, "d")
+    models = SMOLLM2.replace("    pipeline: {stages: 2}", "    engine: {kind: vllm, python: /opt/vllm/bin/python}")
+    theirs = build_plan(config(models, nodes, EXISTING), {"smollm2": known()}, "d")
+    stage, other = theirs.models[0].args.stages[0], ours.models[0].args.stages[0]
+    assert theirs.models[0].args.vllm.python == "/opt/vllm/bin/python"
+    assert stage.memory_bytes == other.memory_bytes + VLLM_BYTES
+    with pytest.raises(PlanError, match=r"smollm2"):
+        build_plan(config(models, nodes.replace("8GiB", "2GiB"), EXISTING), {"smollm2": known()}, "d")
 
 
 def test_auto_takes_the_fewest_stages_that_fit_the_memory_of_the_nodes():
