@@ -2,6 +2,7 @@
 
 import base64
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -67,6 +68,8 @@ from deployments.gateway.translate import (
 )
 from deployments.messages import Detokenize, Embedded
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+
 AnyRequest = TypeVar("AnyRequest", bound=ModelRequest)
 
 
@@ -78,6 +81,17 @@ class Endpoints:
         self._closing = closing
         self._permits = permits
         self._heartbeat_s = heartbeat_s
+
+    @property
+    def by_model(self) -> dict[str, Endpoint]:
+        """The endpoints that ask a model, by path; all are POSTs."""
+        return {
+            "/v1/chat/completions": self.chat_completions,
+            "/v1/completions": self.completions,
+            "/v1/embeddings": self.embeddings,
+            "/tokenize": self.tokenize,
+            "/detokenize": self.detokenize,
+        }
 
     def add_to(self, app: FastAPI) -> None:
         """Register every route."""

@@ -74,7 +74,10 @@ def _obtain(host: str, port: int, directory: Path, prefix: str) -> socket.socket
     begin = time.monotonic()
     while True:
         try:
-            return _bind(host, port)
+            bound = _bind(host, port)
+            for path in directory.glob(f"{prefix}-*.sock"):
+                path.unlink(missing_ok=True)  # nobody shares a socket that is new: left by processes that were killed
+            return bound
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise listening_error(error, port, "gateway.http", host) from error

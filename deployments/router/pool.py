@@ -16,9 +16,20 @@ Discover = Callable[[], Awaitable[Sequence[ReplicaEndpoint]]]
 Wake = Callable[[], Awaitable[ReplicaEndpoint]]
 
 REFRESH_S = 1.0
+_MAX_PAUSE_S = 4.0
+"""Between two looks at replicas that do not change; each asks every replica through the control plane."""
 _MAX_BACK_OFF_S = 10.0
 _HAND_OVER_S = 0.25
 _RETRY_S = 0.1
+
+
+def next_pause_s(pause_s: float, *, changed: bool, loads: Sequence[Load]) -> float:
+    """How long to wait after a look that came ``pause_s`` after the one before: longer while nothing changes.
+
+    Not so where work waits, so that replicas may be added, where one is on its way out, or none is there.
+    """
+    may_change_soon = changed or not loads or any(load.num_waiting or load.draining for load in loads)
+    return REFRESH_S if may_change_soon else min(2 * pause_s, _MAX_PAUSE_S)
 
 
 class NoReplicaError(Exception):
@@ -124,17 +135,18 @@ class ReplicaPool:
                 return usable[chosen]
         return None
 
-    async def refresh(self) -> None:
-        """Connect to replicas that appeared, forget those whose connection broke."""
-        await self._add(await self._discover())
+    async def refresh(self) -> bool:
+        """Connect to replicas that appeared, forget those whose connection broke; whether there were any."""
+        return await self._add(await self._discover())
 
-    async def _add(self, endpoints: Sequence[ReplicaEndpoint]) -> None:
+    async def _add(self, endpoints: Sequence[ReplicaEndpoint]) -> bool:
         async with self._changing:
             lost = [replica for replica, connection in self._connections.items() if connection.is_lost]
             for replica in lost:
                 await self._connections.pop(replica).close()
             new = [endpoint for endpoint in endpoints if endpoint.replica_id not in self._connections]
             await asyncio.gather(*(self._connect(endpoint) for endpoint in new))
+            return bool(lost or new)
 
     async def _connect(self, endpoint: ReplicaEndpoint) -> None:
         try:
@@ -151,8 +163,8 @@ class ReplicaPool:
         pause_s = REFRESH_S
         while True:
             try:
-                await self.refresh()
-                pause_s = REFRESH_S
+                changed = await self.refresh()
+                pause_s = next_pause_s(pause_s, changed=changed, loads=self.loads)
                 self._is_outage_told = False
             except Exception as error:
                 pause_s = min(2 * pause_s, _MAX_BACK_OFF_S)

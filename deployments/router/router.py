@@ -67,9 +67,16 @@ class Router:
         return next((route for route in self._table.routes if route.model == model), None)
 
     def health(self) -> Health:
-        """``ok`` when every served model has a replica."""
-        models = tuple(self._model_health(route) for route in self._table.routes)
-        return Health(status="ok" if all(model.num_replicas for model in models) else "starting", models=models)
+        """``starting`` while no model can be asked; one that lacks its replicas takes no other one out of service.
+
+        A model that may have no replicas can always be asked: a request wakes it.
+        """
+        routes = self._table.routes
+        models = tuple(self._model_health(route) for route in routes)
+        can_answer = [
+            bool(model.num_replicas) or not route.min_replicas for model, route in zip(models, routes, strict=True)
+        ]
+        return Health(status="ok" if any(can_answer) or not routes else "starting", models=models)
 
     def _model_health(self, route: Route) -> ModelHealth:
         pools = [self._pools[target.app] for target in route.targets]

@@ -195,7 +195,7 @@ async def measure(num_streams: int, step_s: float, seconds: float) -> dict[str, 
         await asyncio.gather(*(stream(host, port, num_tokens, seen) for _ in range(num_streams)))
         used = {name: (cpu_s(process) - before[name]) / seen.num_tokens * 1e6 for name, process in processes.items()}
     finally:
-        for child in (replica_process, gateway_process):
+        for child in (gateway_process, replica_process):
             child.kill()
             child.join()
     return used | {"first_ms": statistics.median(seen.first_token_s) * 1e3, "tokens": float(seen.num_tokens)}

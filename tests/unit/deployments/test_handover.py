@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deployments.gateway.backend import Event
 from deployments.messages import (
     Delta,
     Detokenize,
@@ -70,6 +71,8 @@ class Play:
         self.cluster = FakeCluster()
         self.replicas: dict[str, EngineReplica] = {}
         self.router = Router(table(m=[(APP, 1.0)]), self.cluster.open_pool)
+        self.begun = asyncio.Event()
+        """Some client has heard that its request was admitted."""
 
     async def add(self, name: str, app: str = APP, produces: str = "", **options) -> EngineReplica:
         replica = self.replicas[name] = EngineReplica(**options)
@@ -78,9 +81,15 @@ class Play:
         return replica
 
     async def ask(self, request: Generate) -> Outcome:
-        events = self.router.generate("m", request)
+        events = self._heard(self.router.generate("m", request))
         replicas_view = type("View", (), {"submit": staticmethod(lambda _: events)})
         return await collect(replicas_view, request)
+
+    async def _heard(self, events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+        async with contextlib.aclosing(events):
+            async for event in events:
+                self.begun.set()
+                yield event
 
     def drain(self, name: str) -> None:
         """What a replica does when Serve stops it."""
@@ -269,6 +278,7 @@ async def test_a_stream_of_a_version_that_is_no_longer_routed_ends_on_that_versi
         await until_real(lambda: any(replica.link.sent for replica in scene.replicas.values()))
         first = next(name for name, replica in scene.replicas.items() if replica.link.sent)
         await scene.add("new", app="m-v2")
+        await asyncio.wait_for(scene.begun.wait(), 10)
         scene.router.replace(table(m=[("m-v2", 1.0)]))
         scene.cluster.cut(APP, first)
         for replica in scene.replicas.values():
@@ -283,6 +293,7 @@ async def test_a_stream_whose_version_is_gone_for_good_ends_with_an_explicit_err
         old.link.close_gate()
         asking = asyncio.create_task(scene.ask(generate(max_tokens=40)))
         await until_real(lambda: bool(old.link.sent))
+        await asyncio.wait_for(scene.begun.wait(), 10)
         scene.router.replace(table())
         scene.cluster.cut(APP, "a")
         old.link.open_gate()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -28,7 +29,7 @@ from deployments.messages import (
 )
 from deployments.router.choose import choose_replica, choose_target
 from deployments.router.connection import ReplicaConnection, ReplicaEndpoint, ReplicaLostError
-from deployments.router.pool import ReplicaPool
+from deployments.router.pool import REFRESH_S, ReplicaPool, next_pause_s
 from deployments.router.router import Router
 from tests.support.fake_cluster import FakeCluster, table
 
@@ -262,3 +263,33 @@ def test_the_least_loaded_replica_is_chosen_and_never_a_draining_one() -> None:
     assert choose_replica({"a": load(5), "b": load(0)}, {"a": 0, "b": 3}) == "a", "what was sent since counts"
     assert choose_replica({"a": load(draining=True), "b": load(99, 99)}, {}) == "b"
     assert choose_replica({"a": load(draining=True)}, {}) is None
+
+
+async def test_health_is_ok_while_any_model_can_be_asked_also_one_that_a_request_would_wake() -> None:
+    async with routed(SpeakingService("aaa")) as (router, _):
+        await router._pools["m-v1"].refresh()
+        both = table(m=[("m-v1", 1.0)], gone=[("gone-v1", 1.0)])
+        router.replace(both)
+        health = router.health()
+        assert health.status == "ok", "one model that lacks its replicas takes no other one out of service"
+        assert [model.num_replicas for model in health.models] == [1, 0]
+        router.replace(table(gone=[("gone-v1", 1.0)]))
+        assert router.health().status == "starting"
+        (asleep,) = router.table.routes
+        router.replace(router.table.model_copy(update={"routes": (asleep.model_copy(update={"min_replicas": 0}),)}))
+        assert router.health().status == "ok"
+
+
+def test_replicas_are_looked_for_less_often_while_nothing_changes_and_nobody_waits() -> None:
+    def pauses(load: Load) -> list[float]:
+        found = [REFRESH_S]
+        for _ in range(4):
+            found.append(next_pause_s(found[-1], changed=False, loads=[load]))
+        return found
+
+    quiet = Load(num_running=5, num_waiting=0, num_waiting_tokens=0, kv_used_fraction=0.5, draining=False)
+    assert pauses(quiet) == [1.0, 2.0, 4.0, 4.0, 4.0]
+    assert pauses(msgspec.structs.replace(quiet, num_waiting=1)) == [1.0] * 5, "a replica may be added"
+    assert pauses(msgspec.structs.replace(quiet, draining=True)) == [1.0] * 5, "another one takes its place"
+    assert next_pause_s(4.0, changed=True, loads=[quiet]) == 1.0
+    assert next_pause_s(4.0, changed=False, loads=[]) == 1.0
