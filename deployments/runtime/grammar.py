@@ -139,18 +139,25 @@ class Constraint:
         self._emitted = list(emitted)
         self._rules = rules
         self._matcher: LLMatcher | None = None
-        self._spent_s = 0.0
-        self._num_masks = 0
+        self.num_masks = 0
+        """Computed so far."""
+        self.spent_s = 0.0
+        """Processor time of all masks but the first, which compiles."""
+        self.waited_s = 0.0
+        """How long the sampler has waited for masks."""
         self._ended = False
         self._pending = compiler.submit(self.compute)
 
     def mask(self) -> Mask:
         """Which tokens may come next, at least one; waits for the thread. GrammarError says why there is no mask."""
+        begin_s = time.perf_counter()
         try:
             return self._pending.result(MASK_TIMEOUT_S)
         except TimeoutError as error:
             self._compiler.abandon_thread()
             raise GrammarError(f"the grammar took more than {MASK_TIMEOUT_S:g} s for one token") from error
+        finally:
+            self.waited_s += time.perf_counter() - begin_s
 
     def accept(self, token_id: int) -> bool:
         """Take the chosen token, and begin the next mask; True when nothing can follow it.
@@ -193,12 +200,12 @@ class Constraint:
         return matcher
 
     def _pay(self, seconds: float) -> None:
-        self._num_masks += 1
-        if self._num_masks > 1:  # the first one compiles, and was paid for at admission
-            self._spent_s += seconds
-        if self._spent_s > MASK_BURST_S + MASK_TOKEN_S * self._num_masks:
+        self.num_masks += 1
+        if self.num_masks > 1:  # the first one compiles, and was paid for at admission
+            self.spent_s += seconds
+        if self.spent_s > MASK_BURST_S + MASK_TOKEN_S * self.num_masks:
             raise GrammarError(
-                f"the grammar took {self._spent_s:.1f} s of computing for {self._num_masks} tokens, more than "
+                f"the grammar took {self.spent_s:.1f} s of computing for {self.num_masks} tokens, more than "
                 f"{MASK_BURST_S:g} s and {MASK_TOKEN_S * 1e3:g} ms a token; write one that is less ambiguous"
             )
 
