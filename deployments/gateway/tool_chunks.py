@@ -1,6 +1,7 @@
 """Batches of deltas of a request with tools in, bytes of server-sent events out."""
 
 from collections.abc import Iterable
+from typing import Literal
 
 import msgspec
 
@@ -61,7 +62,7 @@ class CallingChunkEncoder:
                 content = (content or "") + piece.text
             else:
                 calls[piece.index] = _more_of_call(calls.get(piece.index), piece, choice)
-        role = None if index in self._begun else "assistant"
+        role: Literal["assistant"] | None = None if index in self._begun else "assistant"
         self._begun.add(index)
         return ChatDelta(content=content, role=role, tool_calls=list(calls.values()) or None)
 

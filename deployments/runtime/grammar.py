@@ -35,6 +35,7 @@ MAX_LEXER_STATES = 50_000
 _MAX_CACHED = 64
 # One run of white space between the parts of a JSON value. Without a bound, a model can write line breaks for ever.
 _WHITE_SPACE = r"[ \t]|\n[ \t]{0,32}"
+_LIBRARY_REMEDY = "Enable 'coerce_one_of' option to approximate oneOf with anyOf"
 
 Mask = NDArray[np.bool_]
 
@@ -244,7 +245,12 @@ def _translate(grammar: Grammar) -> str:
 
 def schema_options(*, lenient: bool) -> dict[str, Any]:
     """The library's options for one schema, whatever the schema itself says about them."""
-    return {"whitespace_pattern": _WHITE_SPACE, "whitespace_flexible": True, "lenient": lenient}
+    return {
+        "whitespace_pattern": _WHITE_SPACE,
+        "whitespace_flexible": True,
+        "lenient": lenient,
+        "coerce_one_of": lenient,  # to anyOf, where branches may overlap
+    }
 
 
 def _limits() -> "LLParserLimits":
@@ -263,5 +269,5 @@ def _limits() -> "LLParserLimits":
 def _check(matcher: "LLMatcher") -> None:
     """Raise what the library has against a grammar, in its first lines: more would repeat the grammar."""
     if matcher.is_error():
-        reason = matcher.get_error().split("<non-verbose/>")[0].strip()
+        reason = matcher.get_error().split("<non-verbose/>")[0].replace(_LIBRARY_REMEDY, "Write anyOf.").strip()
         raise GrammarError(reason or str(matcher.stop_reason()))

@@ -156,6 +156,10 @@ def test_a_step_that_was_already_under_way_changes_nothing(compiler: GrammarComp
         (grammar("json_schema", {"type": "strin"}), "Invalid type: strin"),
         (grammar("json_schema", {"type": "integer", "minimum": 2, "maximum": 1}), "Unsatisfiable schema"),
         (grammar("json_schema", {"$ref": "https://example.com/s.json"}), "does not fetch"),
+        (
+            grammar("json_schema", {"oneOf": [{"type": "number"}, {"type": "integer"}]}),
+            r"not supported\. Write anyOf",
+        ),
         (grammar("regex", "(a"), "regex"),
         (grammar("regex", "(?=a)b"), "look-around"),
         (grammar("lark", "start: ?"), "start"),
@@ -171,7 +175,8 @@ def test_what_cannot_be_enforced_is_refused(tmp_path: Path, constraint: Grammar,
 
 
 def test_a_lenient_schema_is_enforced_as_far_as_it_can_be(compiler: GrammarCompiler) -> None:
-    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True, "maxItems": 3}
+    items = {"oneOf": [{"type": "integer"}, {"type": "number", "maximum": 9}]}
+    schema = {"type": "array", "items": items, "uniqueItems": True, "maxItems": 3}
     tokens, ended = run(compiler, start(grammar("json_schema", schema, lenient=True)))
     assert ended
     assert isinstance(json.loads(text_of(tokens)), list)
