@@ -1,7 +1,6 @@
 """The HTTP server itself: what it refuses before there is a request, slow clients, draining, and taking over."""
 
 import asyncio
-import gc
 import json
 import os
 import socket
@@ -20,18 +19,11 @@ from deployments.gateway.app import create_app
 from deployments.gateway.closing import Closing
 from deployments.gateway.server import HttpServer
 from deployments.gateway.sharing import SharedSocket, open_shared
+from tests.support.drops import PATH, connect_and_drop, footprint, post, settle
 from tests.support.fake_backend import FakeBackend
 from tests.support.gateway_server import listen, read_response_head, serving
 
-PATH = "/v1/completions"
 BODY = {"model": "writer", "prompt": "hi"}
-
-
-def post(body: dict[str, Any], *headers: str) -> bytes:
-    """A raw request."""
-    raw = json.dumps(body).encode()
-    lines = [f"POST {PATH} HTTP/1.1", "Host: x", f"Content-Length: {len(raw)}", *headers, "", ""]
-    return "\r\n".join(lines).encode() + raw
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], dict[str, Any]]:
@@ -297,29 +289,12 @@ async def test_clients_that_come_and_go_leave_nothing_behind() -> None:
     backend.pause_after = 2
     async with serving(create_app(backend)) as address:
         before = footprint()
-        for cycle in range(200):
-            reader, writer = await asyncio.open_connection(*address)
-            request = post(BODY | {"stream": bool(cycle % 2), "n": 1 + cycle % 3})
-            writer.write(request if cycle % 5 else request[:-3])
-            if cycle % 5 and cycle % 2:
-                await read_response_head(reader)
-            elif cycle % 5:
-                await backend.wait_for(lambda: backend.num_open == 1)
-            writer.close()
-            await backend.wait_for(lambda: backend.num_open == 0)
-        async with asyncio.timeout(20):
-            while footprint() != before:
-                await asyncio.sleep(0)
+        await connect_and_drop(address, backend, range(100))
+        await settle(before)
         reader, writer = await asyncio.open_connection(*address)
         writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (await answer(reader))[2]["num_requests"] == 0
         writer.close()
-
-
-def footprint() -> tuple[int, int]:
-    """Open descriptors and living tasks."""
-    gc.collect()
-    return len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())
 
 
 async def test_a_client_that_leaves_while_all_places_are_taken_was_refused_already() -> None:
