@@ -36,7 +36,9 @@ def _listener(port: int) -> str:
     """Who listens on ``port``, as far as this user may see it."""
     try:
         found = psutil.net_connections(kind="tcp")
-        listening = [one for one in found if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port]
+        listening = [
+            one for one in found if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port
+        ]
         process_ids = sorted({one.pid for one in listening if one.pid is not None})
         names = [f"process {process_id} ({psutil.Process(process_id).name()})" for process_id in process_ids]
     except psutil.Error:
