@@ -53,6 +53,7 @@ def stage(node: str | None, pid: int | None) -> StageStatus:
         ("127.0.0.1", 2**22 - 1, "is gone"),
         (None, None, "has no process now"),
     ],
+    ids=["another program", "another machine", "gone", "none"],  # a process id would differ between workers
 )
 def test_nothing_is_hurt_but_a_stage_of_this_machine(yaml, node, pid, reason) -> None:
     with pytest.raises(ControlError, match=reason):
