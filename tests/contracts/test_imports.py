@@ -34,7 +34,8 @@ def loaded_by(module: str) -> set[str]:
         ("deployments.gateway.app", {"torch", "transformers", "ray"}),
         ("deployments.app", {"torch", "transformers"}),
         ("deployments.replica.autoscale", HEAVY | {"msgspec", "pydantic"}),
-        ("deployments.runtime.runner", {"ray", "fastapi"}),
+        ("deployments.runtime.runner", {"ray", "fastapi", "transformers"}),
+        ("deployments.stage.actor", {"fastapi", "transformers"}),
     ],
 )
 def test_a_module_loads_only_what_its_place_allows(module: str, forbidden: set[str]) -> None:
@@ -63,7 +64,7 @@ def test_every_string_that_names_code_resolves() -> None:
 
 
 def test_modules_run_as_programs_by_name_exist() -> None:
-    for module in ("cluster", "deployments.runtime.importing"):
+    for module in ("cluster", "deployments.runtime.importing", "deployments.runtime.native"):
         assert importlib.util.find_spec(module) is not None
 
 

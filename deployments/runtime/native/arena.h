@@ -1,6 +1,7 @@
 // Memory straight from the system: zeroed when first touched, in 2 MB pages where the system has them.
 #pragma once
 #include <stddef.h>
+#include <stdint.h>
 #include <sys/mman.h>
 
 #include <new>
@@ -28,18 +29,31 @@ class Buffer {
   // Grows to `size` bytes, all zero; a buffer that is large enough stays as it is.
   void resize(size_t size) {
     if (size <= size_) return;
-    void* made = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (made == MAP_FAILED) throw std::bad_alloc();
-    if (size >= kHugePage) madvise(made, size, MADV_HUGEPAGE);
+    const bool huge = size >= kHugePage / 4;
+    const size_t wanted = huge ? (size + kHugePage - 1) / kHugePage * kHugePage : size;
+    char* made = map(huge ? wanted + kHugePage : wanted);
+    if (huge) {  // keep the part that begins at a huge page
+      const size_t before = -reinterpret_cast<uintptr_t>(made) % kHugePage;
+      if (before > 0) munmap(made, before);
+      if (before < kHugePage) munmap(made + before + wanted, kHugePage - before);
+      made += before;
+      madvise(made, wanted, MADV_HUGEPAGE);
+    }
     if (data_ != nullptr) munmap(data_, size_);
-    data_ = static_cast<char*>(made);
-    size_ = size;
+    data_ = made;
+    size_ = wanted;
   }
 
   char* data() const { return data_; }
   size_t size() const { return size_; }
 
  private:
+  static char* map(size_t size) {
+    void* made = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (made == MAP_FAILED) throw std::bad_alloc();
+    return static_cast<char*>(made);
+  }
+
   static constexpr size_t kHugePage = size_t{2} << 20;
   char* data_ = nullptr;
   size_t size_ = 0;

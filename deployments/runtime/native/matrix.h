@@ -144,11 +144,14 @@ class Matrix {
 // --- product ---------------------------------------------------------------------------------------------------
 
 constexpr int kPrefetchBytes = 4096;
+constexpr int kCacheRows = 128;
+constexpr int kChunkPanels = 4;
 
-inline void configure_full_tiles() {
+// Registers for products of up to `num_rows` rows: 0-3 results, 4 and 5 left, 6 and 7 right sides.
+inline void configure_product(int num_rows) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
-    config.rows[tile] = kLane;
+    config.rows[tile] = static_cast<uint8_t>(tile < 6 ? std::clamp(num_rows, 1, kLane) : kLane);
     config.row_bytes[tile] = 64;
   }
   load_configuration(config);
@@ -265,18 +268,19 @@ inline void unpack_panel(const Matrix& matrix, int panel, char* out) {
   }
 }
 
-// Calls emit(row, panel, left, right) with the sixteen results of both halves of a panel, bias included.
+// Rows `first .. stop` times a panel; calls emit(row, panel, left, right) with the sixteen results of both halves, bias
+// included. `first` is a multiple of 32.
 template <bool kInteger, class Emit>
-void multiply_rows(const Matrix& matrix, const Activation& input, int num_rows, int panel, const char* tiles,
+void multiply_rows(const Matrix& matrix, const Activation& input, int first, int stop, int panel, const char* tiles,
                    const Emit& emit) {
   alignas(64) float result[2][kLane][kPanelColumns];
   const float* bias = matrix.bias + panel * kPanelColumns;
   const __m512 bias_left = _mm512_loadu_ps(bias), bias_right = _mm512_loadu_ps(bias + kLane);
-  constexpr int kStep = kInteger ? 1 : 2;  // blocks of 16 rows at a time
-  const bool stream = matrix.format != Format::kInt4;
-  for (int block = 0; block * kLane < num_rows; block += kStep) {
-    const int first = block * kLane, rows = std::min(num_rows - first, kStep * kLane);
-    const bool prefetch = stream && block == 0;
+  constexpr int kRows = kInteger ? kLane : 2 * kLane;  // at a time
+  const bool stream = matrix.format != Format::kInt4 && first == 0;
+  for (int row = first; row < stop; row += kRows) {
+    const int block = row / kLane, rows = std::min(stop - row, kRows);
+    const bool prefetch = stream && row == first;
     if constexpr (kInteger) {
       multiply_panel<true, 2>(input.block(block), input.low_digits(block), tiles, matrix.num_steps, prefetch, result);
     } else if (rows <= kLane) {
@@ -284,37 +288,44 @@ void multiply_rows(const Matrix& matrix, const Activation& input, int num_rows, 
     } else {
       multiply_panel<false, 2>(input.block(block), input.block(block + 1), tiles, matrix.num_steps, prefetch, result);
     }
-    for (int row = 0; row < rows; ++row) {
+    for (int each = 0; each < rows; ++each) {
       __m512 left, right;
       if constexpr (kInteger) {
         const float* scales = matrix.column_scales + panel * kPanelColumns;
-        const __m512 scale = _mm512_set1_ps(input.scales(block)[row]);
-        left = _mm512_mul_ps(_mm512_mul_ps(join_digits(result, row, 0), scale), _mm512_loadu_ps(scales));
-        right = _mm512_mul_ps(_mm512_mul_ps(join_digits(result, row, kLane), scale), _mm512_loadu_ps(scales + kLane));
+        const __m512 scale = _mm512_set1_ps(input.scales(block)[each]);
+        left = _mm512_mul_ps(_mm512_mul_ps(join_digits(result, each, 0), scale), _mm512_loadu_ps(scales));
+        right = _mm512_mul_ps(_mm512_mul_ps(join_digits(result, each, kLane), scale), _mm512_loadu_ps(scales + kLane));
       } else {
-        left = _mm512_load_ps(&result[row / kLane][row % kLane][0]);
-        right = _mm512_load_ps(&result[row / kLane][row % kLane][kLane]);
+        left = _mm512_load_ps(&result[each / kLane][each % kLane][0]);
+        right = _mm512_load_ps(&result[each / kLane][each % kLane][kLane]);
       }
-      emit(first + row, panel, _mm512_add_ps(left, bias_left), _mm512_add_ps(right, bias_right));
+      emit(row + each, panel, _mm512_add_ps(left, bias_left), _mm512_add_ps(right, bias_right));
     }
   }
 }
 
 // The product of `num_rows` sealed rows with a whole matrix, shared by the members; see multiply_rows for `emit`.
-// `scratch` is the member's own, of at least one unpacked panel.
+// `scratch` is the member's own, of at least kChunkPanels unpacked panels. With many rows, a chunk's panels and 128 rows
+// at a time stay in the second-level cache.
 template <class Emit>
 void multiply(Member& member, const Matrix& matrix, const Activation& input, int num_rows, char* scratch,
               const Emit& emit) {
-  member.share(matrix.num_panels, [&](int panel) {
-    const char* tiles = matrix.panel(panel);
-    if (matrix.format == Format::kInt4) {
-      unpack_panel(matrix, panel, scratch);
-      tiles = scratch;
-    }
-    if (is_integer(matrix.format)) {
-      multiply_rows<true>(matrix, input, num_rows, panel, tiles, emit);
-    } else {
-      multiply_rows<false>(matrix, input, num_rows, panel, tiles, emit);
+  const int chunk_panels = num_rows > kCacheRows ? kChunkPanels : 1;
+  const size_t unpacked = static_cast<size_t>(matrix.num_steps) * 2 * kTileBytes;
+  member.share(divide_up(matrix.num_panels, chunk_panels), [&](int chunk) {
+    const int from = chunk * chunk_panels, to = std::min(matrix.num_panels, from + chunk_panels);
+    const bool unpacks = matrix.format == Format::kInt4;
+    for (int panel = from; unpacks && panel < to; ++panel) unpack_panel(matrix, panel, scratch + (panel - from) * unpacked);
+    for (int first = 0; first < num_rows; first += kCacheRows) {
+      const int stop = std::min(num_rows, first + kCacheRows);
+      for (int panel = from; panel < to; ++panel) {
+        const char* tiles = unpacks ? scratch + (panel - from) * unpacked : matrix.panel(panel);
+        if (is_integer(matrix.format)) {
+          multiply_rows<true>(matrix, input, first, stop, panel, tiles, emit);
+        } else {
+          multiply_rows<false>(matrix, input, first, stop, panel, tiles, emit);
+        }
+      }
     }
   });
 }

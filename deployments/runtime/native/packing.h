@@ -7,19 +7,16 @@
 namespace manta {
 
 // Rows `row .. row + 16` of a [num_rows, width] array as one tile column of `matrix`, at the panel's left or right half.
-// kValues consecutive values of a row stand together in a tile's 4-byte cell: 2 for bfloat16, 4 for int8.
-template <class Value>
-void pack_tiles(const Matrix& matrix, int panel, int half, const Value* source, int row, int num_rows) {
-  constexpr int kValues = 4 / sizeof(Value);
-  constexpr int kStep = 16 * kValues;
-  for (int step = 0; step < matrix.num_steps; ++step) {
-    Value* tile = reinterpret_cast<Value*>(matrix.panel(panel) + (step * 2 + half) * size_t{kTileBytes});
-    for (int column = 0; column < kLane && row + column < num_rows; ++column) {
-      const Value* from = source + static_cast<size_t>(row + column) * matrix.width;
-      for (int k = step * kStep; k < std::min(matrix.width, (step + 1) * kStep); ++k) {
-        const int within = k - step * kStep;
-        tile[within / kValues * kLane * kValues + column * kValues + within % kValues] = from[k];
-      }
+// A tile is sixteen rows of sixteen cells; a cell is four bytes of one row of the array: two bfloat16 or four int8.
+inline void pack_tiles(const Matrix& matrix, int panel, int half, const char* source, size_t row_bytes, int row,
+                       int num_rows) {
+  constexpr size_t kStepBytes = 64;
+  for (int column = 0; column < kLane && row + column < num_rows; ++column) {
+    const char* from = source + (row + column) * row_bytes;
+    for (int step = 0; step < matrix.num_steps; ++step) {
+      char* tile = matrix.panel(panel) + (step * 2 + half) * size_t{kTileBytes};
+      const size_t start = step * kStepBytes, size = std::min(kStepBytes, row_bytes - start);
+      for (size_t byte = 0; byte < size; byte += 4) memcpy(tile + byte * kLane + column * 4, from + start + byte, 4);
     }
   }
 }
@@ -60,9 +57,9 @@ inline void pack(const Matrix& matrix, Place place, const void* data, const floa
     const int column = place.first + row / kLane * place.stride;
     const int panel = column / 2, half = column % 2;
     if (matrix.format == Format::kBf16) {
-      pack_tiles(matrix, panel, half, static_cast<const uint16_t*>(data), row, num_rows);
+      pack_tiles(matrix, panel, half, static_cast<const char*>(data), size_t{2} * matrix.width, row, num_rows);
     } else if (matrix.format == Format::kInt8) {
-      pack_tiles(matrix, panel, half, static_cast<const int8_t*>(data), row, num_rows);
+      pack_tiles(matrix, panel, half, static_cast<const char*>(data), matrix.width, row, num_rows);
       for (int each = 0; each < std::min(kLane, num_rows - row); ++each)
         matrix.column_scales[column * kLane + each] = scales[row + each];
     } else {

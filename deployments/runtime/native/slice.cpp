@@ -39,7 +39,7 @@ float* take_vector(Arena& arena, int width) { return reinterpret_cast<float*>(ar
 struct Slice::Worker {
   Worker(Heads heads, size_t scratch_bytes) : attention(heads), scratch(scratch_bytes), vector(4 * 65536) {}
   Attention attention;
-  Buffer scratch;  // one unpacked panel
+  Buffer scratch;  // unpacked panels
   Buffer vector;   // one row
   float* row() const { return reinterpret_cast<float*>(vector.data()); }
 };
@@ -77,7 +77,7 @@ Slice::Slice(const SliceShape& shape)
     embedding_ = reinterpret_cast<uint16_t*>(weights_.take(bytes));
   }
   const int widest = std::max({shape.hidden_size, shape.intermediate_size, heads_.query_columns()});
-  const size_t scratch = static_cast<size_t>(divide_up(widest, 64)) * 2 * kTileBytes;
+  const size_t scratch = static_cast<size_t>(divide_up(widest, 64)) * 2 * kTileBytes * kChunkPanels;
   for (int index = 0; index < shape.num_threads; ++index)
     workers_.push_back(std::make_unique<Worker>(heads_, scratch));
 }
@@ -195,7 +195,8 @@ void Slice::forward(const StepArrays& step) {
 }
 
 void Slice::compute(Member& member) {
-  configure_full_tiles();
+  const FlushTinyNumbers flush;
+  configure_product(step_.num_rows);
   embed(member);
   for (int index = 0; index < shape_.num_layers; ++index) compute_layer(member, index);
   finish(member);
@@ -323,7 +324,7 @@ void Slice::attend(Member& member, int index) {
     }
   });
   worker.attention.forget_configuration();
-  configure_full_tiles();
+  configure_product(step_.num_rows);
 }
 
 void Slice::finish(Member& member) {

@@ -5,6 +5,7 @@ N output features, K input features.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,6 +33,7 @@ class Checkpoint:
     """The safetensors files of a directory: which tensors there are, and each one on demand."""
 
     def __init__(self, directory: Path) -> None:
+        self._opened: dict[Path, Any] = {}
         index = directory / "model.safetensors.index.json"
         single = directory / "model.safetensors"
         if index.is_file():
@@ -48,8 +50,10 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it is stored, on the CPU."""
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+        path = self._files[name]
+        if path not in self._opened:
+            self._opened[path] = safe_open(path, framework="pt")
+        tensor: torch.Tensor = self._opened[path].get_tensor(name)
         return tensor
 
 
