@@ -175,6 +175,7 @@ def environment(current: Mapping[str, str], args: ModelAppArgs, code: str) -> di
         "PYTHONPATH": code,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
+        "MKL_DYNAMIC": "FALSE",  # else it takes fewer than it is told, and vLLM stops at the difference
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",

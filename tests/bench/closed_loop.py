@@ -1,7 +1,7 @@
 """A closed loop: a fixed number of lanes, each sending its next request when the last one has ended.
 
 The first request of each lane has a length of its own, so that the lanes do not run in step. The window opens when
-every lane has seen its first answer, and not before the warm-up is over; at its end everything is cut off. Answers
+every lane has seen its first token, and not before the warm-up is over; at its end everything is cut off. Answers
 are only time-stamped meanwhile, and read afterwards.
 """
 
@@ -63,7 +63,7 @@ async def measure(
         for number in range(workload.num_streams)
     ]
     try:
-        await _warm_up(exchanges, workload, warm_up_s)
+        await _warm_up(source, exchanges, workload, warm_up_s)
         before, start_s = clock.read(), time.perf_counter()
         await asyncio.sleep(seconds)
         stop_s, after = time.perf_counter(), clock.read()
@@ -95,16 +95,18 @@ async def _lane(
         max_tokens = workload.output_tokens
 
 
-async def _warm_up(exchanges: list[Exchange], workload: Workload, warm_up_s: float) -> None:
-    begin = time.perf_counter()
+async def _warm_up(source: Source, exchanges: list[Exchange], workload: Workload, warm_up_s: float) -> None:
+    begin, waiting = time.perf_counter(), list(range(workload.num_streams))
     while True:
         await asyncio.sleep(_POLL_S)
         elapsed = time.perf_counter() - begin
-        answered = sum(bool(exchange.arrivals) for exchange in exchanges[: workload.num_streams])
-        if elapsed >= warm_up_s and answered == workload.num_streams:
+        first = exchanges[: workload.num_streams]
+        waiting = [lane for lane in waiting if lane >= len(first) or not source.read(first[lane]).event_times]
+        if elapsed >= warm_up_s and not waiting:
             return
         if elapsed > _LONGEST_WARM_UP_S:
             failure = next((exchange.failure for exchange in exchanges if exchange.failure), "nothing came back")
             raise RuntimeError(
-                f"{workload.name}: {answered} of {workload.num_streams} lanes were answered: {failure}"
+                f"{workload.name}: {len(waiting)} of {workload.num_streams} lanes got no token within "
+                f"{_LONGEST_WARM_UP_S:g} s: {failure}"
             )
