@@ -63,7 +63,7 @@ async def measure(
         for number in range(workload.num_streams)
     ]
     try:
-        await _warm_up(source, exchanges, workload, warm_up_s)
+        await _warm_up(source, lanes, exchanges, warm_up_s)
         before, start_s = clock.read(), time.perf_counter()
         await asyncio.sleep(seconds)
         stop_s, after = time.perf_counter(), clock.read()
@@ -95,18 +95,22 @@ async def _lane(
         max_tokens = workload.output_tokens
 
 
-async def _warm_up(source: Source, exchanges: list[Exchange], workload: Workload, warm_up_s: float) -> None:
-    begin, waiting = time.perf_counter(), list(range(workload.num_streams))
+async def _warm_up(
+    source: Source, lanes: list[asyncio.Task[None]], exchanges: list[Exchange], warm_up_s: float
+) -> None:
+    begin, waiting = time.perf_counter(), list(range(len(lanes)))
     while True:
         await asyncio.sleep(_POLL_S)
         elapsed = time.perf_counter() - begin
-        first = exchanges[: workload.num_streams]
-        waiting = [lane for lane in waiting if lane >= len(first) or not source.read(first[lane]).event_times]
+        for lane in lanes:
+            if lane.done():
+                lane.result()  # it never returns, so this raises why it ended
+        first = exchanges[: len(lanes)]
+        waiting = [index for index in waiting if index >= len(first) or not source.read(first[index]).event_times]
         if elapsed >= warm_up_s and not waiting:
             return
         if elapsed > _LONGEST_WARM_UP_S:
             failure = next((exchange.failure for exchange in exchanges if exchange.failure), "nothing came back")
             raise RuntimeError(
-                f"{workload.name}: {len(waiting)} of {workload.num_streams} lanes got no token within "
-                f"{_LONGEST_WARM_UP_S:g} s: {failure}"
+                f"{len(waiting)} of {len(lanes)} lanes got no token within {_LONGEST_WARM_UP_S:g} s: {failure}"
             )
