@@ -17,7 +17,8 @@ from deployments.messages import (
 )
 from deployments.replica.admission import refuse
 from deployments.replica.sequence import Sequence, SequenceState
-from deployments.replica.text import StopChecker, TextTokenizer
+from deployments.replica.stops import StopChecker
+from deployments.replica.text import TextTokenizer
 
 RequestEvent = Started | Delta | Finished | Refused
 

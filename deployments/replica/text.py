@@ -1,7 +1,7 @@
 """Prompts become token ids, and token ids become text, one token at a time.
 
 :class:`TextTokenizer` wraps a model's fast tokenizer. :class:`TokenStream` turns tokens into text that never ends in
-half a character. :class:`StopChecker` holds back only what could still become a stop string.
+half a character.
 
 Most tokenizers spell a token as bytes (byte-level BPE; sentencepiece with byte fallback). For those the text is the
 UTF-8 decoding of the tokens' bytes, in time independent of the length, and the same bytes serve ``logprobs``. Any
@@ -10,6 +10,7 @@ other decoder (WordPiece) goes through ``tokenizers.decoders.DecodeStream``.
 
 import codecs
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,7 +32,10 @@ from deployments.messages import (
     TokenPrompt,
     ToolFormat,
 )
+from deployments.replica.plain_tokenizer import read_tokenizer
 from deployments.replica.template import ChatTemplate, refusal
+
+logger = logging.getLogger(__name__)
 
 Spelling = Literal["byte_level", "sentencepiece", "other"]
 
@@ -52,7 +56,8 @@ class TokenStream(Protocol):
 class TextTokenizer:
     """A model's tokenizer: encodes prompts, spells tokens, and knows which tokens end a text.
 
-    ``tokenizer`` is a transformers tokenizer with a ``tokenizers`` backend; ValueError for one without.
+    ``tokenizer`` is a :class:`PlainTokenizer`, or a transformers tokenizer with a ``tokenizers`` backend; ValueError
+    for one without.
     ``num_embeddings`` is how many token ids the model reads; a tokenizer may know more (Gemma 3's names an image),
     and a prompt with one of those is refused, because no stage survives it. ``tool_format`` is how the model writes
     calls, where its chat template does not tell.
@@ -93,9 +98,7 @@ class TextTokenizer:
     @classmethod
     def load(cls, directory: Path, *, tool_format: ToolFormat | None = None) -> "TextTokenizer":
         """Read tokenizer, end tokens and number of embeddings of the checkpoint in ``directory``."""
-        from transformers import AutoTokenizer  # noqa: PLC0415 - heavy; only who loads a tokenizer pays for it
-
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = read_tokenizer(directory) or _read_with_transformers(directory)
         eos_token_ids = read_eos_token_ids(directory, tokenizer.eos_token_id)
         return cls(tokenizer, eos_token_ids, num_embeddings=_read_num_embeddings(directory), tool_format=tool_format)
 
@@ -286,52 +289,11 @@ class _WindowStream:
         return piece or ""
 
 
-class StopChecker:
-    """Looks for stop strings in text that arrives in pieces.
+def _read_with_transformers(directory: Path) -> Any:
+    from transformers import AutoTokenizer  # noqa: PLC0415 - heavy; only a tokenizer that needs it pays for it
 
-    Of several stop strings the one that is complete first wins, the longest of those; so the outcome depends on the
-    text alone, not on how it was cut. Text is held back only while its end could be the beginning of a stop string.
-    """
-
-    def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
-        self._stops = tuple(stops)
-        self._include_stop = include_stop
-        self._inner_characters = frozenset("".join(stop[:-1] for stop in stops))
-        self._held = ""
-
-    def feed(self, text: str, *, armed: bool = True) -> tuple[str, str | None]:
-        """Take more text; returns what may be shown now, and the stop string if one is complete.
-
-        ``armed=False`` passes the text through: nothing in it, nor anything that begins in it, counts as a stop.
-        """
-        if not self._stops or not armed:
-            return text, None
-        text = self._held + text
-        self._held = ""
-        hits = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if hits:
-            end, start, stop = min(hits)
-            return text[: end if self._include_stop else start], stop
-        cut = len(text) - self._num_pending(text)
-        self._held = text[cut:]
-        return text[:cut], None
-
-    def flush(self) -> str:
-        """The text held back, once no more can come."""
-        held, self._held = self._held, ""
-        return held
-
-    def _num_pending(self, text: str) -> int:
-        """Length of the longest end of ``text`` that begins a stop string."""
-        if not text or text[-1] not in self._inner_characters:
-            return 0
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+    logger.info("the tokenizer in %s is read with transformers", directory)
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def read_eos_token_ids(directory: Path, tokenizer_eos: int | None) -> tuple[int, ...]:

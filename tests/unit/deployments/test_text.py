@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.messages import ChatPrompt, Detokenize, RequestRefused, Sample, TextPrompt, Tokenize, TokenPrompt
-from deployments.replica.text import StopChecker, TextTokenizer, read_eos_token_ids
+from deployments.replica.stops import StopChecker
+from deployments.replica.text import TextTokenizer, read_eos_token_ids
 from tests.support.tiny_tokenizer import (
     EOS_ID,
     byte_level_tokenizer,
