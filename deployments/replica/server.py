@@ -1,6 +1,6 @@
 """The Serve class of one replica: what Serve calls in, what the replica's service does out.
 
-Serve's builder and controller import this module, so it stays free of torch; the service is imported when a
+Serve's builder and controller import this module, so it stays small; the service is imported when a
 replica starts.
 """
 
@@ -30,7 +30,7 @@ class Replica:
     _settings: ReplicaSettings | None = None
 
     async def __init__(self, args: ModelAppArgs) -> None:  # type: ignore[misc]  # Serve awaits constructors
-        from deployments.replica.service import ReplicaService  # noqa: PLC0415 - torch loads here, not in the builder
+        from deployments.replica.service import ReplicaService  # noqa: PLC0415 - not in the builder
 
         log_with_serve()
         begin = time.monotonic()

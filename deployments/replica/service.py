@@ -1,6 +1,6 @@
 """One complete copy of a model version: stages and tokenizer are brought up, then requests are answered.
 
-Start, serve, drain, stop - in that order. Heavy imports (torch, transformers) begin here.
+Start, serve, drain, stop - in that order. Torch and transformers stay out of this process: stages hold the weights.
 """
 
 import asyncio

@@ -56,9 +56,6 @@ _UNREAD = 0  # stands for a token id where a stage only counts tokens
 class StepRunner(Protocol):
     """A slice of a generating model; see :class:`deployments.runtime.runner.StageRunner`."""
 
-    hidden_size: int
-    dtype: torch.dtype
-
     def run(self, step: StepInput, hidden: torch.Tensor | None) -> torch.Tensor | list[Sample]:
         """Compute one step. Stages after the first read only the number of its tokens.
 

@@ -33,6 +33,7 @@ def loaded_by(module: str) -> set[str]:
         ("deployments.messages", HEAVY),
         ("deployments.gateway.app", {"torch", "transformers", "ray"}),
         ("deployments.app", {"torch", "transformers"}),
+        ("deployments.replica.service", {"torch", "transformers"}),
         ("deployments.replica.autoscale", HEAVY | {"msgspec", "pydantic"}),
         ("deployments.runtime.runner", {"ray", "fastapi", "transformers"}),
         ("deployments.stage.actor", {"fastapi", "transformers"}),

@@ -36,9 +36,6 @@ class StageReport:
 class IdleRunner:
     """Implements :class:`deployments.stage.worker.StepRunner`; remembers when it was called."""
 
-    hidden_size = HIDDEN_SIZE
-    dtype = torch.bfloat16
-
     def __init__(self, *, is_last: bool, compute_s: float) -> None:
         self._is_last = is_last
         self._compute_s = compute_s
@@ -55,7 +52,7 @@ class IdleRunner:
             result = [Sample(part.sequence_id, TOKEN_ID) for part in step.sequences if part.sample]
         else:
             num_tokens = sum(part.num_tokens for part in step.sequences)
-            result = torch.zeros((num_tokens, HIDDEN_SIZE), dtype=self.dtype)
+            result = torch.zeros((num_tokens, HIDDEN_SIZE), dtype=torch.bfloat16)
         self.ends.append(time.perf_counter())
         return result
 
