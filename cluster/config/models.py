@@ -60,11 +60,11 @@ class BatchingSection(StrictModel):
     """How many requests are computed together."""
 
     max_running: Annotated[int, Field(ge=1, le=65536)] = 32
-    """Requests computed at the same time by one replica."""
+    """Sequences computed at the same time by one replica; a request has one per choice (``n``)."""
     max_step_tokens: Annotated[int, Field(ge=1, le=2**20)] = 512
     """Tokens of one step, decoding and prompts together; larger is more throughput, smaller is steadier streams."""
     max_waiting: Annotated[int, Field(ge=0, le=1_000_000)] = 256
-    """Requests that may wait in one replica; one more is refused with 429."""
+    """Sequences that may wait in one replica; a request that finds so many is refused with 429."""
 
 
 class ModelResources(StrictModel):

@@ -30,8 +30,9 @@ COUNTERS: dict[str, tuple[str, Sequence[str]]] = {
     "manta_stages_replaced_total": ("Stage processes that were started in place of lost ones.", REPLICA),
     "manta_steps_total": ("Micro-batches computed.", REPLICA),
     "manta_stage_wait_seconds_total": ("Time a stage waited for a step or for activations.", STAGE),
+    "manta_stage_bubble_seconds_total": ("The part of it in which the pipeline had work under way.", STAGE),
     "manta_stage_compute_seconds_total": ("Time a stage computed.", STAGE),
-    "manta_stage_transfer_seconds_total": ("Time a stage took to send its result.", STAGE),
+    "manta_stage_transfer_seconds_total": ("Time a stage took to send its result, beside computing.", STAGE),
     "manta_stage_steps_total": ("Steps a stage computed.", STAGE),
 }
 GAUGES: dict[str, tuple[str, Sequence[str]]] = {

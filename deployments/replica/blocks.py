@@ -7,7 +7,7 @@ Every block is in exactly one place::
     used      one or more sequences hold it (reference count)
 
 A full block is known by a digest of its tokens and of the digest before it (BLAKE2b, 256 bits), so equal digests
-mean equal tokens at equal positions. The root digest is a salt: pools with other salts share nothing.
+mean equal tokens at equal positions.
 
 A block may be freed while a step that uses it is still in flight, and handed out again at once: every stage runs
 steps strictly in the order they were sent, so the step that reuses the block writes after the older one has read.
@@ -36,13 +36,13 @@ def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
 class BlockPool:
     """A fixed number of KV blocks, shared by reference count and found again by digest."""
 
-    def __init__(self, num_blocks: int, block_tokens: int, *, prefix_caching: bool = True, salt: bytes = b"") -> None:
+    def __init__(self, num_blocks: int, block_tokens: int, *, prefix_caching: bool = True) -> None:
         if num_blocks < 1 or block_tokens < 1:
             raise ValueError(f"a pool of {num_blocks} blocks of {block_tokens} tokens is empty; both must be >= 1")
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self.prefix_caching = prefix_caching
-        self._root = hashlib.blake2b(salt, digest_size=DIGEST_BYTES).digest()
+        self._root = hashlib.blake2b(digest_size=DIGEST_BYTES).digest()
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))

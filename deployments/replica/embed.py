@@ -8,11 +8,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal
 
 import numpy as np
 from numpy import float32
@@ -31,10 +29,12 @@ from deployments.messages import (
 )
 from deployments.replica.admission import refuse
 from deployments.replica.encode import PromptEncoder
-from deployments.replica.link import LINK_ERRORS, EmbedLink
+from deployments.replica.life import EngineLife, OnStageFailure
+from deployments.replica.link import EmbedLink
 from deployments.replica.observe import EngineStats, MeanDuration
 from deployments.replica.scheduler import StepMismatch
 from deployments.replica.text import TextTokenizer
+from deployments.stage.link import StageLostError
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class EmbedConfig:
     max_batch_items: int
     max_waiting: int
     """Requests that may be under way; one more is refused as overloaded."""
-    on_stage_failure: Literal["refuse", "hold"] = "refuse"
+    on_stage_failure: OnStageFailure = "refuse"
 
     def __post_init__(self) -> None:
         """Raise ValueError for limits under which nothing could run."""
@@ -111,8 +111,10 @@ def choose_batch(lengths: Sequence[int], *, max_tokens: int, max_items: int) -> 
     return order[start:stop]
 
 
-class EmbedEngine:
+class EmbedEngine(EngineLife):
     """Serves Embed requests over one pipeline. Start, embed, drain, stop - in that order, in one event loop."""
+
+    _lost_code = "draining"  # an embedding costs little, and another replica can do it
 
     def __init__(
         self,
@@ -122,12 +124,8 @@ class EmbedEngine:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(config.on_stage_failure)
         self.config = config
-        self.failed: str | None = None
-        """Why the stages cannot be used; None while they can."""
-        self.recoverable = True
-        """Whether :meth:`recover` may mend the failure; False when the engine itself is at fault."""
-        self._failure = asyncio.Event()
         self._encoder = PromptEncoder(tokenizer, config.context_tokens)
         self._link = link
         self._clock = clock
@@ -136,37 +134,12 @@ class EmbedEngine:
         self._requests: dict[str, _Request] = {}
         self._reserved: set[str] = set()
         self._durations = MeanDuration()
-        self._num_steps = self._num_results = self._num_recoveries = 0
+        self._num_steps = self._num_results = 0
         self._num_done = self._num_refused = self._num_cancelled = 0
-        self._draining = False
-        self._wake = asyncio.Event()
-        self._sent = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def start(self) -> None:
-        """Begin to serve."""
-        assert not self._tasks, "the engine is running already; this is a bug"
-        self._tasks = [asyncio.create_task(self._guard(work)) for work in (self._pump, self._receive_outputs)]
-
-    def stop_admitting(self) -> None:
-        """Refuse new requests from now on, and say so in :meth:`load`."""
-        self._draining = True
-
-    async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for those under way; what is left after ``timeout_s`` ends as ``draining``."""
-        self.stop_admitting()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        self._refuse_all("draining", "this replica is being stopped; send the request again")
 
     async def stop(self) -> None:
         """End every request and all work; the link stays the caller's to close."""
-        self._draining = True
-        await self._cancel_tasks()
-        self._refuse_all("draining", "this replica was stopped; send the request again")
+        await super().stop()
         self._in_flight.clear()
         self._encoder.stop()
 
@@ -177,17 +150,7 @@ class EmbedEngine:
             self._waiting.extendleft(item for item in reversed(batch.items) if not item.request.done.done())
         self._in_flight.clear()
         self._link = link
-        self.failed = None
-        self._failure.clear()
-        self._num_recoveries += 1
-        self._wake.set()
-        await self.start()
-
-    async def _cancel_tasks(self) -> None:
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._resume()
 
     async def embed(self, request: Embed) -> tuple[Embedded, NDArray[float32]]:
         """One vector per input, in their order, shape [num_inputs, dimensions]; raises RequestRefused.
@@ -241,12 +204,6 @@ class EmbedEngine:
             message = f"{num_waiting} requests are waiting, and no more may; try again later"
             raise refuse(request_id, "overloaded", message, retry_after_s=retry_after_s)
 
-    def _check_usable(self, request_id: str) -> None:
-        if self._draining:
-            raise refuse(request_id, "draining", "this replica is being stopped; send the request again")
-        if self.failed is not None and self.config.on_stage_failure == "refuse":
-            raise refuse(request_id, "draining", self.failed)
-
     def _check_lengths(self, request_id: str, inputs: Sequence[tuple[int, ...]]) -> None:
         if not inputs:
             raise refuse(request_id, "invalid_request", "input is empty; send at least one text", param="input")
@@ -281,35 +238,6 @@ class EmbedEngine:
             if not request.done.done():
                 refused = Refused(request_id=request.request_id, code=code, message=message)
                 request.done.set_exception(RequestRefused(refused))
-
-    async def _guard(self, work: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await work()
-        except LINK_ERRORS as error:
-            self._fail(f"the stages are lost: {error}")
-        except Exception as error:
-            logger.exception("the embedding engine failed")
-            self._fail(f"the embedding engine failed: {error!r}; this is a bug", recoverable=False)
-
-    def _fail(self, message: str, *, recoverable: bool = True) -> None:
-        """What is under way waits for :meth:`recover`, or is refused as ``draining``: another replica can do it."""
-        if self.failed is None:
-            logger.error("%s", message)
-            self.failed = message
-            self.recoverable = recoverable
-            self._failure.set()
-            if self.config.on_stage_failure == "refuse":
-                self._refuse_all("draining", message)
-
-    def report_loss(self, reason: str) -> None:
-        """Somebody else saw the stages die, perhaps while no batch was under way."""
-        self._fail(f"the stages are lost: {reason}")
-
-    async def wait_failed(self) -> str:
-        """Return, as soon as the stages cannot be used, why."""
-        await self._failure.wait()
-        assert self.failed is not None
-        return self.failed
 
     async def _pump(self) -> None:
         while self.failed is None:
@@ -346,8 +274,7 @@ class EmbedEngine:
             if isinstance(output, StageFailed):
                 if not output.misheard:
                     self._blame(output)
-                self._fail(f"the stages are lost: step {output.step} failed: {output.message}")
-                return
+                raise StageLostError(None, f"step {output.step} failed: {output.message}")
             self._take(output, buffers)
             self._wake.set()
 

@@ -12,13 +12,9 @@ from prompt and emitted tokens, and because a token depends on nothing else, the
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
-from typing import Literal
-
-from msgspec.structs import replace
 
 from deployments.messages import (
     Delta,
@@ -32,10 +28,11 @@ from deployments.messages import (
     Started,
     StepOutput,
 )
-from deployments.replica.admission import admit_sampling, admit_tools, refuse
+from deployments.replica.admission import refuse
 from deployments.replica.blocks import BlockPool
 from deployments.replica.constraints import GrammarChecker
-from deployments.replica.encode import PromptEncoder
+from deployments.replica.intake import Intake
+from deployments.replica.life import EngineLife, OnStageFailure
 from deployments.replica.link import LINK_ERRORS, StageLink
 from deployments.replica.observe import EngineStats, EngineTelemetry, MeanDuration, NoTelemetry
 from deployments.replica.planner import Planner
@@ -47,7 +44,6 @@ from deployments.stage.link import StageLostError
 
 logger = logging.getLogger(__name__)
 
-_TICK_S = 0.25  # how late a deadline may be noticed
 _MAX_FAILED_STEPS = 2
 
 
@@ -62,10 +58,10 @@ class EngineConfig:
     max_running: int
     max_step_tokens: int
     max_waiting: int
-    """Requests that may wait beyond those that can run at once."""
+    """Sequences that may wait beyond those that can run at once; a request has one per choice."""
     min_decode_split: int = 2
     min_prefill_chunk: int = 64
-    on_stage_failure: Literal["refuse", "hold"] = "refuse"
+    on_stage_failure: OnStageFailure = "refuse"
 
     def __post_init__(self) -> None:
         """A single sequence must fit, or it could wait for ever."""
@@ -79,8 +75,10 @@ class EngineConfig:
             raise ValueError(f"max_waiting is {self.max_waiting}; it must be at least 0")
 
 
-class Engine:
+class Engine(EngineLife):
     """Serves Generate requests over one pipeline. Start, submit, drain, stop - in that order, in one event loop."""
+
+    _lost_code = "internal"
 
     def __init__(
         self,
@@ -97,73 +95,30 @@ class Engine:
 
         ``planner`` decides the steps where the stages do more by themselves than Manta's own.
         """
+        super().__init__(config.on_stage_failure)
         self.config = config
-        self.failed: str | None = None
-        """Why the stages cannot be used; None while they can."""
-        self.recoverable = True
-        """Whether :meth:`recover` may mend the failure; False when the engine itself is at fault."""
-        self._failure = asyncio.Event()
         self.pool = BlockPool(config.num_blocks, config.block_tokens, prefix_caching=config.prefix_caching)
         self.scheduler: Planner = planner or Scheduler(_scheduler_config(config, link), self.pool)
-        self._tokenizer = tokenizer
+        self._intake = Intake(tokenizer, config.context_tokens, grammars)
         self._link = link
-        self._grammars = grammars
         self._telemetry = telemetry or NoTelemetry()
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._choices: dict[int, Choice] = {}
         self._progressed: list[Choice] = []
         self._sent_steps: dict[int, tuple[int, ...]] = {}
-        self._sequence_ids = count(1)
-        self._encoding: set[str] = set()
-        self._encoder = PromptEncoder(tokenizer, config.context_tokens)
         self._durations = MeanDuration()
         self._num_results = 0
         self._recovered_s: float | None = None
-        self._num_done = self._num_refused = self._num_cancelled = self._num_recoveries = 0
-        self._draining = False
-        self._wake = asyncio.Event()
-        self._sent = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._num_done = self._num_refused = self._num_cancelled = 0
         self._send_lock = asyncio.Lock()
-        self._tasks: list[asyncio.Task[None]] = []
 
     # --- life ---
 
-    async def start(self) -> None:
-        """Begin to serve."""
-        assert not self._tasks, "the engine is running already; this is a bug"
-        self._tasks = [asyncio.create_task(self._guard(work)) for work in (self._pump, self._receive_outputs)]
-
-    def stop_admitting(self) -> None:
-        """Refuse new requests from now on, and say so in :meth:`load`."""
-        self._draining = True
-
-    async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for those under way; what is left after ``timeout_s`` ends as ``draining``."""
-        self.stop_admitting()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        self._refuse_all("draining", "this replica is being stopped; send the request again")
-
     async def stop(self) -> None:
         """End every request and all work; the link stays the caller's to close."""
-        self._draining = True
-        await self._cancel_tasks()
-        self._refuse_all("draining", "this replica was stopped; send the request again")
-        self._encoder.stop()
-
-    async def wait_failed(self) -> str:
-        """Return, as soon as the stages cannot be used, why."""
-        await self._failure.wait()
-        assert self.failed is not None
-        return self.failed
-
-    def report_loss(self, reason: str) -> None:
-        """Somebody else saw the stages die, perhaps while no step was under way."""
-        self._fail(f"the stages are lost: {reason}", recoverable=True)
+        await super().stop()
+        self._intake.stop()
 
     async def recover(self, link: StageLink) -> None:
         """Go on over new stages that know nothing: recompute every unfinished sequence, repeat and lose no token."""
@@ -171,20 +126,9 @@ class Engine:
         self._emit_progress()
         self.scheduler.reset(link.num_stages)
         self._link = link
-        self.failed = None
-        self._failure.clear()
-        self._num_recoveries += 1
         self._recovered_s = self._clock()
-        self._sent.clear()
         self._sent_steps.clear()
-        self._wake.set()
-        await self.start()
-
-    async def _cancel_tasks(self) -> None:
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._resume()
 
     # --- requests ---
 
@@ -212,66 +156,28 @@ class Engine:
             self._check_open(request_id)
             if generate.emitted is None:  # else it has a place already, on the replica that it comes from
                 self._check_room(request_id)
-            self._encoding.add(request_id)
-            try:
-                prompt_ids = await self._encoder.encode(generate.prompt, request_id)
-                generate = await self._check_grammar(admit_tools(generate, self._tokenizer))
-            finally:
-                self._encoding.discard(request_id)
-            self._check_usable(request_id)  # the encoding may have taken a while
-            sampling = admit_sampling(
-                generate,
-                len(prompt_ids),
-                context_tokens=self.config.context_tokens,
-                vocab_size=self._tokenizer.vocab_size,
-                num_token_ids=self._tokenizer.num_token_ids,
-            )
-            request = Request(
-                generate,
-                prompt_ids,
-                sampling,
-                tokenizer=self._tokenizer,
-                sequence_ids=self._sequence_ids,
-                arrived_s=arrived_s,
-            )
+            request = await self._intake.prepare(generate, arrived_s)
+            self._check_usable(request_id)  # preparing it may have taken a while
         except RequestRefused:
             self._num_refused += 1
             raise
         self._enter(request)
         return request
 
-    async def _check_grammar(self, generate: Generate) -> Generate:
-        """The request with its grammar ready for the stages; raises RequestRefused."""
-        grammar = generate.sampling.grammar
-        if grammar is None:
-            return generate
-        if self._grammars is None:
-            message = "this server cannot constrain what is generated"
-            raise refuse(generate.request_id, "unsupported", message, param=grammar.param)
-        grammar = replace(grammar, end_token_ids=self._tokenizer.eos_token_ids)
-        await self._grammars.check(grammar, generate.request_id)
-        return replace(generate, sampling=replace(generate.sampling, grammar=grammar))
-
     def _check_open(self, request_id: str) -> None:
         """Raise unless a request of this id may come in."""
         self._check_usable(request_id)
-        if request_id in self._requests or request_id in self._encoding:
+        if request_id in self._requests or request_id in self._intake:
             raise refuse(request_id, "invalid_request", f"request id {request_id!r} is already in use")
 
     def _check_room(self, request_id: str) -> None:
-        """Raise unless there is a place for one more request."""
-        num_waiting = len(self._encoding) + sum(1 for request in self._requests.values() if not request.started)
+        """Raise unless there is a place; the last one is enough for a request of several choices."""
+        num_waiting = self._intake.num_sequences + len(self.scheduler.waiting)
         num_places = self.config.max_waiting + max(0, self.config.max_running - self.scheduler.num_running)
         if num_waiting >= num_places:
             retry_after_s = self._durations.retry_after_s(num_waiting, self.config.max_running)
-            message = f"{num_waiting} requests are waiting, and no more than {num_places} may; try again later"
+            message = f"{num_waiting} sequences are waiting, and no more than {num_places} may; try again later"
             raise refuse(request_id, "overloaded", message, retry_after_s=retry_after_s)
-
-    def _check_usable(self, request_id: str) -> None:
-        if self._draining:
-            raise refuse(request_id, "draining", "this replica is being stopped; send the request again")
-        if self.failed is not None and self.config.on_stage_failure == "refuse":
-            raise refuse(request_id, "internal", self.failed)
 
     def _enter(self, request: Request) -> None:
         self._requests[request.request_id] = request
@@ -323,34 +229,19 @@ class Engine:
 
     # --- work ---
 
-    async def _guard(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Run one of the two tasks; whatever ends it marks the engine as failed, for the health check to see."""
-        try:
-            await work()
-        except LINK_ERRORS as error:
-            self._fail(f"the stages are lost: {error}", recoverable=True)
-        except Exception as error:
-            logger.exception("the engine failed")
-            self._fail(f"the engine failed: {error!r}; this is a bug", recoverable=False)
-
-    def _fail(self, message: str, *, recoverable: bool) -> None:
-        if self.failed is not None:
-            return
-        logger.error("%s", message)
-        self.failed = message
-        self.recoverable = recoverable
-        self._failure.set()
-        if self.config.on_stage_failure == "refuse":
-            self._refuse_all("internal", message)
-
     async def _pump(self) -> None:
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(_TICK_S if self._requests else None):
+                async with asyncio.timeout(self._time_left_s()):
                     await self._wake.wait()
             self._wake.clear()
             self.check_deadlines()
             await self._fill()
+
+    def _time_left_s(self) -> float | None:
+        """Until the first deadline; None without a request."""
+        first_s = min((request.deadline_s for request in self._requests.values()), default=None)
+        return None if first_s is None else first_s - self._clock()
 
     async def _fill(self) -> None:
         """Send steps until the pipeline is full or nothing more can run."""
@@ -365,7 +256,7 @@ class Engine:
                 try:
                     await self._link.send(step)
                 except LINK_ERRORS as error:
-                    self._fail(f"the stages are lost: {error}", recoverable=True)
+                    self.report_loss(str(error))
 
     async def _receive_outputs(self) -> None:
         while True:

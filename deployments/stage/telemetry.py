@@ -14,5 +14,6 @@ class StageTelemetry:
         """Count one step."""
         self._metrics.count("manta_stage_steps_total")
         self._metrics.count("manta_stage_wait_seconds_total", timing.wait_s)
+        self._metrics.count("manta_stage_bubble_seconds_total", timing.bubble_s)
         self._metrics.count("manta_stage_compute_seconds_total", timing.compute_s)
         self._metrics.count("manta_stage_transfer_seconds_total", timing.transfer_s)

@@ -45,11 +45,6 @@ def test_equal_blocks_after_different_beginnings_are_different():
     assert pool.match_prefix(digests_of(pool, [3, 4, 7, 7])) == ()
 
 
-def test_pools_with_other_salts_know_other_digests():
-    one, other = BlockPool(4, 2, salt=b"a"), BlockPool(4, 2, salt=b"b")
-    assert digests_of(one, [1, 2]) != digests_of(other, [1, 2])
-
-
 def test_the_least_recently_freed_prefix_is_evicted_first_and_tails_before_heads():
     pool = BlockPool(4, 1)
     old, new = fill(pool, [1, 2]), fill(pool, [3, 4])
