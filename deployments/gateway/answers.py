@@ -1,5 +1,6 @@
 """Responses as OpenAI's clients read them: what was generated enters, structs that encode to OpenAI's JSON leave."""
 
+import codecs
 from collections.abc import Sequence
 from math import isfinite
 from typing import Literal
@@ -8,6 +9,7 @@ import msgspec
 
 from deployments.messages import ChosenLogprob, FinishReason, TokenLogprob
 
+_utf8_replacing = codecs.getincrementaldecoder("utf-8")
 _LOWEST_LOGPROB = -9999.0  # what OpenAI writes for "all but impossible"; JSON has no infinity
 
 
@@ -311,25 +313,34 @@ def _chat_entry(entry: ChosenLogprob) -> TokenLogprobEntry:
     )
 
 
-def completion_logprobs(entries: Sequence[ChosenLogprob], offset: int) -> tuple[CompletionLogprobs, int]:
-    """Log-probabilities as text completions write them, and the text offset after them.
+class TextOffsets:
+    """Where in a text its tokens begin, in characters; tokens that share a character begin where it does."""
+
+    def __init__(self) -> None:
+        self._decoder = _utf8_replacing(errors="replace")
+        self._num_characters = 0
+
+    def place(self, raw: bytes) -> int:
+        """Where the next token begins, which stands for the bytes ``raw``."""
+        offset = self._num_characters
+        self._num_characters += len(self._decoder.decode(raw))
+        return offset
+
+
+def completion_logprobs(entries: Sequence[ChosenLogprob], offsets: TextOffsets) -> CompletionLogprobs:
+    """Log-probabilities as text completions write them; ``offsets`` has seen the tokens before.
 
     The chosen token is always among its alternatives, as at OpenAI; a token that is not whole characters is written
     as ``bytes:`` and its bytes in hexadecimal escapes, so that two of them stay two keys.
     """
-    offsets = []
-    for entry in entries:
-        offsets.append(offset)
-        offset += len(entry.chosen.text)
-    logprobs = CompletionLogprobs(
+    return CompletionLogprobs(
         tokens=[_token_name(entry.chosen) for entry in entries],
         token_logprobs=[_finite(entry.chosen.logprob) for entry in entries],
         top_logprobs=[
             {_token_name(token): _finite(token.logprob) for token in (*entry.top, entry.chosen)} for entry in entries
         ],
-        text_offset=offsets,
+        text_offset=[offsets.place(entry.chosen.raw) for entry in entries],
     )
-    return logprobs, offset
 
 
 def _token_name(token: TokenLogprob) -> str:

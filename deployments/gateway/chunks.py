@@ -5,7 +5,7 @@ All of a chunk's JSON that does not change is encoded once per request. A delta 
 
 import msgspec
 
-from deployments.gateway.answers import Usage, chat_logprobs, completion_logprobs
+from deployments.gateway.answers import TextOffsets, Usage, chat_logprobs, completion_logprobs
 from deployments.gateway.collect import Dialect, Identity
 from deployments.gateway.errors import ApiError
 from deployments.gateway.merge import Batch
@@ -57,7 +57,7 @@ class ChunkEncoder:
         self._after_text = b"}" if self._chat else b""
         self._end = b'}],"usage":null}\n\n' if usage else b"}]}\n\n"
         self._plain_end = self._after_text + b',"logprobs":null,"finish_reason":null' + self._end
-        self._offsets = [0] * num_choices
+        self._offsets = [TextOffsets() for _ in range(num_choices)]
 
     def encode(self, batch: Batch) -> bytes:
         """Events of ``batch``; deltas of one choice become one event, a delta without anything to tell none."""
@@ -95,8 +95,7 @@ class ChunkEncoder:
     def _logprobs(self, choice: int, entries: tuple[ChosenLogprob, ...]) -> bytes:
         if self._chat:
             return _encode(chat_logprobs(entries))
-        block, self._offsets[choice] = completion_logprobs(entries, self._offsets[choice])
-        return _encode(block)
+        return _encode(completion_logprobs(entries, self._offsets[choice]))
 
 
 def chunk_head(dialect: Dialect, identity: Identity) -> bytes:

@@ -9,6 +9,7 @@ from deployments.gateway.answers import (
     ChatCompletion,
     Completion,
     CompletionChoice,
+    TextOffsets,
     Usage,
     chat_logprobs,
     completion_logprobs,
@@ -84,7 +85,7 @@ class Collector:
             CompletionChoice(
                 index=index,
                 text="".join(choice.texts),
-                logprobs=completion_logprobs(choice.logprobs, 0)[0] if self._wants_logprobs else None,
+                logprobs=completion_logprobs(choice.logprobs, TextOffsets()) if self._wants_logprobs else None,
                 finish_reason=_finish_reason(choice),
             )
             for index, choice in enumerate(self._choices)

@@ -9,8 +9,9 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from deployments.gateway.answers import TextOffsets, completion_logprobs
 from deployments.gateway.app import create_app
-from deployments.messages import ChatPrompt, Refused, TokenPrompt
+from deployments.messages import ChatPrompt, ChosenLogprob, Refused, TokenLogprob, TokenPrompt
 from tests.support.fake_backend import DIMENSIONS, FakeBackend, expected_text
 from tests.support.gateway_server import serving
 
@@ -182,6 +183,16 @@ async def test_completion_logprobs(client: AsyncOpenAI) -> None:
     )
     offsets = [o async for c in stream for choice in c.choices for o in (choice.logprobs.text_offset or [])]
     assert offsets == block.text_offset
+
+
+def test_tokens_of_one_character_share_its_offset() -> None:
+    raws = [b"a", *(bytes([byte]) for byte in "世".encode()), "é!".encode(), b"\xff", b"z"]
+    entries = [
+        ChosenLogprob(TokenLogprob(i, raw.decode(errors="replace"), raw, -1.0), ()) for i, raw in enumerate(raws)
+    ]
+    offsets = TextOffsets()
+    blocks = [completion_logprobs(part, offsets) for part in (entries[:2], entries[2:])]
+    assert [*blocks[0].text_offset, *blocks[1].text_offset] == [0, 1, 1, 1, 2, 4, 5]
 
 
 async def test_completions_of_several_prompts(client: AsyncOpenAI, backend: FakeBackend) -> None:
