@@ -34,7 +34,7 @@ class Front:
     """Router and HTTP server of one process; every method runs on the loop that made it."""
 
     def __init__(self, open_pool: Callable[[str], ReplicaPool], telemetry: Telemetry) -> None:
-        self._router = Router(_CLOSED, open_pool)
+        self._router = Router(_CLOSED, open_pool, telemetry.handed_over)
         closing = Closing()
         self._server = HttpServer(create_app(self._router, telemetry, closing=closing), closing)
         self._shared: SharedSocket | None = None

@@ -129,6 +129,7 @@ class Generate(Message, frozen=True, kw_only=True):
 
     ``emitted`` has one entry per choice when the request was begun on another replica, whose client has these tokens
     already; ``sampling.seed`` is then the seed that the other replica told in Started. The streams go on after them.
+    Such a request had its place already, perhaps in a queue: it is not refused for want of room.
 
     ``tools`` says how those of a chat prompt may be called; None where they may not be. A ``sampling.grammar`` holds
     for answers that call none.

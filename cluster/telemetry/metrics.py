@@ -20,6 +20,7 @@ STAGE = ("model", "version", "stage")
 COUNTERS: dict[str, tuple[str, Sequence[str]]] = {
     "manta_requests_total": ("Requests answered or refused, by HTTP status.", (*GATEWAY, "status")),
     "manta_refusals_total": ("Requests refused or broken off, by the error's code.", (*GATEWAY, "code")),
+    "manta_hand_overs_total": ("Begun streams that left a replica, lost or draining.", ("model", "cause")),
     "manta_prompt_tokens_total": ("Prompt tokens of finished requests.", GATEWAY),
     "manta_cached_prompt_tokens_total": ("Prompt tokens found in the prefix cache.", GATEWAY),
     "manta_generation_tokens_total": ("Tokens generated for finished requests.", GATEWAY),

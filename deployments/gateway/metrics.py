@@ -39,6 +39,10 @@ class GatewayTelemetry:
         self._metrics.count("manta_generation_tokens_total", num_completion_tokens, endpoint=endpoint, model=model)
         self._metrics.observe("manta_e2e_request_latency_seconds", seconds, endpoint=endpoint, model=model)
 
+    def handed_over(self, model: str, cause: str) -> None:
+        """Count a stream that leaves its replica before its end."""
+        self._metrics.count("manta_hand_overs_total", model=model, cause=cause)
+
     def refused(self, *, endpoint: str, model: str, status: int, code: str, seconds: float) -> None:  # noqa: ARG002
         """Count a refused or broken request."""
         self._move(endpoint, -1)

@@ -32,6 +32,10 @@ class Telemetry(Protocol):
         """The request was answered (200), or the client left before the end (499)."""
         ...
 
+    def handed_over(self, model: str, cause: str) -> None:
+        """A stream that had begun leaves its replica, which is ``lost`` or ``draining``, and goes on with another."""
+        ...
+
     def refused(self, *, endpoint: str, model: str, status: int, code: str, seconds: float) -> None:
         """The request failed, before the answer or in the middle of it; ``code`` is the error table's."""
         ...
@@ -57,6 +61,9 @@ class NoTelemetry:
         num_cached_tokens: int,
         num_completion_tokens: int,
     ) -> None:
+        """Do nothing."""
+
+    def handed_over(self, model: str, cause: str) -> None:
         """Do nothing."""
 
     def refused(self, *, endpoint: str, model: str, status: int, code: str, seconds: float) -> None:

@@ -93,7 +93,7 @@ def _check_emitted(request: Generate, max_tokens: int, num_token_ids: int) -> No
     problem = None
     if len(request.emitted) != request.sampling.n:
         problem = f"has {len(request.emitted)} choices, but n is {request.sampling.n}"
-    elif request.sampling.seed is None:
+    elif request.sampling.seed is None and any(choice.token_ids for choice in request.emitted):
         problem = "comes without the seed in force"
     elif all(choice.ended for choice in request.emitted):
         problem = "leaves no choice to go on with"

@@ -39,6 +39,7 @@ from deployments.messages import (
     Tokenized,
 )
 from deployments.replica.constraints import GrammarChecker
+from deployments.replica.drain import DrainWatch
 from deployments.replica.embed import EmbedConfig, EmbedEngine
 from deployments.replica.engine import Engine, EngineConfig
 from deployments.replica.feed import Feed
@@ -49,6 +50,7 @@ from deployments.replica.text import TextTokenizer
 from deployments.router.connection import ReplicaEndpoint
 from deployments.stage.group import StageGroup
 from deployments.stage.link import StageLink
+from deployments.stage.nodes import DrainingNodes
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,9 @@ class ReplicaService:
         await self._engine.start()
         await self._warm_up()
         self._supervisor = Supervisor(self._engine, self._stages, link, self._telemetry)
-        self._tasks = [asyncio.create_task(work) for work in (self._supervise(self._supervisor), self._report())]
+        drains = DrainWatch(self._engine, self._stages, DrainingNodes().list)
+        work = (self._supervise(self._supervisor), self._report(), drains.run())
+        self._tasks = [asyncio.create_task(part) for part in work]
 
     async def _supervise(self, supervisor: Supervisor) -> None:
         """Keep the stages alive; when that is given up, hang up: gateways resume the streams elsewhere, and count."""

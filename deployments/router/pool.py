@@ -103,7 +103,8 @@ class ReplicaPool:
     async def _find(self) -> None:
         """Look for replicas once, on behalf of everybody who waits for one; fails quietly, they will ask again."""
         try:
-            if self._connections:  # lost, draining, or of another make than whoever asks needs
+            if any(not connection.is_lost for connection in self._connections.values()):
+                # they drain, or are of another make than whoever asks needs
                 await asyncio.sleep(_RETRY_S)
                 await self.refresh()
             else:

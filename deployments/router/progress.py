@@ -17,6 +17,7 @@ class StreamProgress:
         self._started: Started | None = None
         self._token_ids: list[list[int]] = [[] for _ in range(request.sampling.n)]
         self._ended = [False] * request.sampling.n
+        self._has_place = False
 
     @property
     def is_started(self) -> bool:
@@ -32,6 +33,10 @@ class StreamProgress:
     def num_tokens(self) -> int:
         """Tokens that the client has, of all choices."""
         return sum(len(token_ids) for token_ids in self._token_ids)
+
+    def note_place(self) -> None:
+        """A replica may have had the request in its queue: the next one is not to refuse it for want of room."""
+        self._has_place = True
 
     def note(self, event: Started | Delta | Finished) -> Started | Delta | Finished | None:
         """Take an event; returns what the client is sent for it, None when it knows already."""
@@ -60,16 +65,17 @@ class StreamProgress:
 
     def request(self, deadline_s: float) -> Generate:
         """The request as the next replica must have it, with ``deadline_s`` left."""
-        if self._started is None:
+        if self._started is None and not self._has_place:
             return msgspec.structs.replace(self._request, deadline_s=deadline_s)
+        sampling = self._request.sampling
+        if self._started is not None:
+            sampling = msgspec.structs.replace(sampling, seed=self._started.seed)
+        emitted = [
+            EmittedChoice(tuple(token_ids), ended)
+            for token_ids, ended in zip(self._token_ids, self._ended, strict=True)
+        ]
         return msgspec.structs.replace(
-            self._request,
-            deadline_s=deadline_s,
-            sampling=msgspec.structs.replace(self._request.sampling, seed=self._started.seed),
-            emitted=tuple(
-                EmittedChoice(tuple(token_ids), ended)
-                for token_ids, ended in zip(self._token_ids, self._ended, strict=True)
-            ),
+            self._request, deadline_s=deadline_s, sampling=sampling, emitted=tuple(emitted)
         )
 
 

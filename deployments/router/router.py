@@ -34,12 +34,20 @@ logger = logging.getLogger(__name__)
 
 # A tokenizer question carries no deadline of its own.
 _QUESTION_TIMEOUT_S = 30.0
+_FULL_S = 0.25
 
 
 class Router:
     """Implements the gateway's ``Backend`` over connections to replicas."""
 
-    def __init__(self, table: RoutingTable, open_pool: Callable[[str], ReplicaPool]) -> None:
+    def __init__(
+        self,
+        table: RoutingTable,
+        open_pool: Callable[[str], ReplicaPool],
+        on_hand_over: Callable[[str, str], None] = lambda model, cause: None,  # noqa: ARG005 - nobody counts
+    ) -> None:
+        """``on_hand_over`` is told the model, and ``lost`` or ``draining``, when a begun stream leaves a replica."""
+        self._on_hand_over = on_hand_over
         self._table = table
         self._open_pool = open_pool
         self._pools: dict[str, ReplicaPool] = {}
@@ -114,8 +122,11 @@ class Router:
                     return
                 except (ReplicaLeaving, ReplicaLostError, RequestRefused) as error:
                     attempt.note_failure(error, request.request_id, connection, progress.num_tokens)
+                    if not isinstance(error, RequestRefused):
+                        progress.note_place()
                     if progress.is_started:
                         attempt.stay_with(pool, connection.produces)
+                        self._on_hand_over(model, "lost" if isinstance(error, ReplicaLostError) else "draining")
                 finally:
                     await replies.aclose()
         yield progress.finish()
@@ -156,7 +167,11 @@ class Router:
                 except TimeoutError as error:
                     raise _too_late(request.request_id, deadline_s) from error
                 except (ReplicaLostError, RequestRefused) as error:
-                    attempt.note_failure(error, request.request_id, connection, 0)
+                    is_full = isinstance(error, RequestRefused) and error.refused.code == "overloaded"
+                    if not (is_full and attempt.avoid):
+                        attempt.note_failure(error, request.request_id, connection, 0)
+                        continue
+            await asyncio.sleep(_FULL_S)  # it had its place on a replica that is gone, and waits for another one
 
     def _pool_of(self, model: str, request_id: str) -> ReplicaPool:
         """The replicas that a new request goes to."""

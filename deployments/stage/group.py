@@ -26,6 +26,7 @@ _numbers = count(1)
 _CALLS_AT_ONCE = 2
 # A living stage has only to listen again; it may be in the middle of a step.
 _ANSWER_TIMEOUT_S = 10.0
+_MOVE_TIMEOUT_S = 300.0
 
 
 class StageGroup:
@@ -37,6 +38,10 @@ class StageGroup:
         self._replica_id = replica_id
         self._actors: list[Any] = []
         self._addresses: list[StageAddress] = []
+        self._prepared: dict[int, Any] = {}  # loaded on other nodes, to take over at the next repair
+        self._outside: dict[
+            int, frozenset[str]
+        ] = {}  # stages that left the placement group, and the nodes they avoid
         self._serving: list[Any] = []  # one pending result per stage; kept, so that its error is Ray's to log
 
     async def start(self) -> StageLink:
@@ -48,6 +53,38 @@ class StageGroup:
         except BaseException:
             self.kill()
             raise
+
+    async def prepare_moves(self, draining: Collection[str]) -> list[int]:
+        """Load the stages of nodes that drain on other nodes; returns those that take over at the next repair.
+
+        A bundle of the placement group cannot leave its node, so they are placed outside of it. Nothing is moved when
+        the replica's own node drains: Serve starts another replica then. Raises what a new stage raises, and
+        TimeoutError when no other node has room.
+        """
+        own = ray.get_runtime_context().get_node_id()
+        leaving = [index for index, address in enumerate(self._addresses) if address.node_id in draining]
+        if own in draining:
+            return []
+        for index in leaving:
+            if index not in self._prepared:
+                self._outside[index] = frozenset(draining) | self._apart(index)
+                logger.info("stage %d leaves node %s", index, self._addresses[index].node_id, extra={"stage": index})
+                actor = self._place(index)
+                try:
+                    async with asyncio.timeout(_MOVE_TIMEOUT_S):
+                        await actor.start.remote()
+                except BaseException:
+                    ray.kill(actor)
+                    del self._outside[index]
+                    raise
+                self._prepared[index] = actor
+        return sorted(self._prepared)
+
+    def _apart(self, index: int) -> frozenset[str]:
+        """Nodes of the other stages, where no two may share one."""
+        if self._args.placement_strategy != "STRICT_SPREAD":
+            return frozenset()
+        return frozenset(address.node_id for other, address in enumerate(self._addresses) if other != index)
 
     async def repair(self, suspects: Collection[int] = ()) -> Repair:
         """Replace dead stages, keep the weights of the living, and connect anew; what was computed is forgotten.
@@ -77,7 +114,11 @@ class StageGroup:
         )
 
     async def _restart(self, index: int, is_suspect: bool) -> StageAddress:
-        reason = "it is suspect" if is_suspect else self._why_dead(index)
+        prepared = self._prepared.pop(index, None)
+        if prepared is not None:
+            self._end(index)
+            self._actors[index] = prepared
+        reason = None if prepared is not None else "it is suspect" if is_suspect else self._why_dead(index)
         if reason is None:
             try:
                 async with asyncio.timeout(_ANSWER_TIMEOUT_S):
@@ -129,7 +170,7 @@ class StageGroup:
 
     def kill(self) -> None:
         """End every stage's process; those already dead are fine."""
-        for actor in self._actors:
+        for actor in (*self._actors, *self._prepared.values()):
             ray.kill(actor)
 
     def _place(self, index: int) -> Any:
@@ -140,7 +181,7 @@ class StageGroup:
             "memory": stage.memory_bytes if args.stage_memory else None,
             "max_concurrency": _CALLS_AT_ONCE,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+            **self._placement(index),
         }
         # The name stays with its first holder until Ray has buried it, so a replacement needs one of its own.
         number = next(_numbers)
@@ -149,6 +190,14 @@ class StageGroup:
         )
         kind = StageActor if args.vllm is None else VllmActor
         return ray.remote(kind).options(name=name, **options).remote(args, index)
+
+    def _placement(self, index: int) -> dict[str, Any]:
+        """In the stage's bundle, or on any node but those that it has to avoid."""
+        if index not in self._outside:
+            bundle = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+            return {"scheduling_strategy": bundle}
+        avoided = ",".join(sorted(self._outside[index]))
+        return {"scheduling_strategy": "DEFAULT", "label_selector": {"ray.io/node-id": f"!in({avoided})"}}
 
     def _is_replacement(self, index: int) -> bool:
         return index < len(self._actors)

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,13 @@ from deployments.messages import (
     Delta,
     Detokenize,
     Embed,
+    Embedded,
     EmittedChoice,
     Finished,
     Generate,
     Load,
+    Refused,
+    RequestRefused,
     Started,
     Tokenize,
 )
@@ -70,7 +74,12 @@ class Play:
     def __init__(self) -> None:
         self.cluster = FakeCluster()
         self.replicas: dict[str, EngineReplica] = {}
-        self.router = Router(table(m=[(APP, 1.0)]), self.cluster.open_pool)
+        self.hand_overs: list[tuple[str, str]] = []
+        self.router = Router(
+            table(m=[(APP, 1.0)]),
+            self.cluster.open_pool,
+            lambda model, cause: self.hand_overs.append((model, cause)),
+        )
         self.begun = asyncio.Event()
         """Some client has heard that its request was admitted."""
 
@@ -210,6 +219,28 @@ def generate_again(request: Generate, seed: int, emitted: tuple[EmittedChoice, .
     return msgspec.structs.replace(request, sampling=sampling, emitted=emitted)
 
 
+@pytest.mark.parametrize("how", ["cut", "drain"])
+async def test_a_request_that_waits_in_the_queue_of_a_replica_that_goes_is_not_turned_away_by_a_full_one(how) -> None:
+    async with play() as scene:
+        one = {"max_running": 1, "max_waiting": 1}
+        old, full = await scene.add("a", **one), await scene.add("b", **one)
+        await scene.router._pools[APP].refresh()
+        for replica in (old, full):
+            replica.link.close_gate()
+        requests_ = [generate(f"r{number}", max_tokens=20) for number in range(4)]
+        asking = [asyncio.create_task(scene.ask(request)) for request in requests_]
+        await until_real(lambda: [len(replica.seen) for replica in (old, full)] == [2, 2])
+        if how == "cut":
+            scene.cluster.cut(APP, "a")
+        else:
+            scene.drain("a")
+        await until_real(lambda: len(full.seen) == 4)
+        for replica in (old, full):
+            replica.link.open_gate()
+        for request, outcome in zip(requests_, await asyncio.gather(*asking), strict=True):
+            check(request, outcome)
+
+
 async def test_with_no_other_replica_a_stream_waits_for_the_next_one() -> None:
     async with play() as scene:
         request = generate(max_tokens=40)
@@ -220,6 +251,7 @@ async def test_with_no_other_replica_a_stream_waits_for_the_next_one() -> None:
         late = await scene.add("b")
         check(request, await asyncio.wait_for(asking, 10))
         assert late.seen[0].emitted is not None
+        assert scene.hand_overs == [("m", "lost")]
 
 
 async def test_with_no_other_replica_a_stream_waits_no_longer_than_its_deadline() -> None:
@@ -246,6 +278,7 @@ async def test_a_draining_replica_keeps_its_streams_until_another_comes_and_then
         check(request, await asyncio.wait_for(asking, 10))
         assert new.seen[0].emitted is not None
         assert new.seen[0].emitted[0].token_ids
+        assert scene.hand_overs == [("m", "draining")]
         await until_real(lambda: old.engine.stats().num_requests_cancelled == 1)
         old.link.open_gate()
 
@@ -310,6 +343,41 @@ async def test_a_request_that_kills_replicas_is_given_up() -> None:
         assert outcome.refused.code == "internal"
         assert "3 replicas in a row were lost" in outcome.refused.message
         assert sum(bool(replica.seen) for replica in scene.replicas.values()) == 3
+
+
+class Embedder(EngineReplica):
+    """Embeds, except that it never answers, or has no room for the first ``num_refusals``."""
+
+    def __init__(self, *, answers: bool = True, num_refusals: int = 0) -> None:
+        super().__init__()
+        self.num_asked = 0
+        self._answers = answers
+        self._num_refusals = num_refusals
+
+    async def embed(self, request: Embed):
+        self.num_asked += 1
+        if not self._answers:
+            await asyncio.Event().wait()
+        if self.num_asked <= self._num_refusals:
+            raise RequestRefused(Refused(request_id=request.request_id, code="overloaded", message="full"))
+        header = Embedded(request_id=request.request_id, num_vectors=1, dimensions=2, num_prompt_tokens=3)
+        return header, np.ones((1, 2), dtype=np.float32)
+
+
+async def test_an_embedding_is_asked_for_again_and_waits_for_room_that_it_had_before() -> None:
+    async with play() as scene:
+        lost, full = Embedder(answers=False), Embedder(num_refusals=2)
+        await scene.cluster.add(APP, "a", lost)
+        asking = asyncio.create_task(scene.router.embed("m", Embed(request_id="e", inputs=("x",), deadline_s=10.0)))
+        await until_real(lambda: lost.num_asked == 1)
+        await scene.cluster.add(APP, "b", full)
+        scene.cluster.cut(APP, "a")
+        _, vectors = await asyncio.wait_for(asking, 10)
+        assert vectors.tolist() == [[1.0, 1.0]]
+        assert full.num_asked == 3
+        with pytest.raises(RequestRefused, match="full"):  # a new one has no such right
+            full.num_asked = 0
+            await scene.router.embed("m", Embed(request_id="f", inputs=("x",), deadline_s=10.0))
 
 
 def test_losses_with_progress_in_between_are_borne_up_to_a_crowd() -> None:
