@@ -177,7 +177,6 @@ def _with_stages(
         max_running=model.batching.max_running,
         max_step_tokens=model.batching.max_step_tokens,
         max_waiting=model.batching.max_waiting,
-        step_timeout_s=model.timeouts.step,
         threads_per_stage=_auto_threads(model, nodes, len(ranges)) if threads == "auto" else threads,
         replica_cpus=model.resources.replica_cpus,
         stage_cpus=model.resources.stage_cpus,
@@ -194,6 +193,7 @@ def _with_stages(
         settings=ReplicaSettings(
             target_waiting_tokens=model.replicas.target_waiting_tokens,
             request_timeout_s=model.timeouts.request,
+            step_timeout_s=model.timeouts.step,
             drain_timeout_s=model.timeouts.drain or model.timeouts.request,
         ),
         code_digest=code_digest,

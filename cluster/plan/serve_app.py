@@ -23,6 +23,7 @@ IN_PLACE = {
     "downscale_delay_s": "replicas.downscale_delay",
     "target_waiting_tokens": "replicas.target_waiting_tokens",
     "request_timeout_s": "timeouts.request",
+    "step_timeout_s": "timeouts.step",
     "drain_timeout_s": "timeouts.drain",
     "graceful_shutdown_timeout_s": "timeouts.drain",
 }

@@ -80,6 +80,8 @@ class ReplicaSettings(PlanModel):
     """Waiting prompt tokens per replica above which a replica is added."""
     request_timeout_s: float
     """Longest life of a request in the replica."""
+    step_timeout_s: float
+    """A stage that has not answered a step after this long counts as dead."""
     drain_timeout_s: float
     """How long a stopping replica lets its requests finish."""
 
@@ -121,8 +123,6 @@ class ModelAppArgs(PlanModel):
     """Token budget of one step (decode tokens and prefill chunks together)."""
     max_waiting: int
     """Requests that may wait; one more is refused with 429."""
-    step_timeout_s: float
-    """A stage that has not answered a step after this long counts as dead."""
     threads_per_stage: int
     replica_cpus: float
     stage_cpus: float

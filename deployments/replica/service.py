@@ -68,7 +68,6 @@ _HARMLESS = (
     "max_running",
     "max_step_tokens",
     "max_waiting",
-    "step_timeout_s",
     "replica_cpus",
     "stage_cpus",
     "stage_memory",
@@ -201,6 +200,7 @@ class ReplicaService:
     def configure(self, settings: ReplicaSettings) -> None:
         """Take over new settings; requests under way keep the time they were given."""
         self._settings = settings
+        self._stages.set_step_timeout(settings.step_timeout_s)
 
     def tokenize(self, request: Tokenize) -> Tokenized:
         """Token ids of a prompt; raises RequestRefused."""

@@ -14,7 +14,7 @@ class StepDeadline:
     """
 
     def __init__(self, ceiling_s: float) -> None:
-        self._ceiling_s = ceiling_s
+        self.ceiling_s = ceiling_s
         self._longest_s: dict[int, float] = {}
 
     def limit_s(self, num_tokens: int) -> float:
@@ -23,8 +23,8 @@ class StepDeadline:
             return self._ceiling_s
         known = [seconds for size, seconds in self._longest_s.items() if size >= num_tokens.bit_length()]
         if not known:
-            return self._ceiling_s
-        return min(self._ceiling_s, max(_FLOOR_S, _FACTOR * max(known)))
+            return self.ceiling_s
+        return min(self.ceiling_s, max(_FLOOR_S, _FACTOR * max(known)))
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A step over ``num_tokens`` came back after ``seconds``."""

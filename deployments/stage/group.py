@@ -27,6 +27,8 @@ _CALLS_AT_ONCE = 2
 # A living stage has only to listen again; it may be in the middle of a step.
 _ANSWER_TIMEOUT_S = 10.0
 _MOVE_TIMEOUT_S = 300.0
+# While a replica starts, until Serve hands it its settings.
+_FIRST_STEPS_TIMEOUT_S = 300.0
 
 
 class StageGroup:
@@ -42,6 +44,8 @@ class StageGroup:
         self._outside: dict[
             int, frozenset[str]
         ] = {}  # stages that left the placement group, and the nodes they avoid
+        self._link: StageLink | None = None
+        self._step_timeout_s = _FIRST_STEPS_TIMEOUT_S
         self._serving: list[Any] = []  # one pending result per stage; kept, so that its error is Ray's to log
 
     async def start(self) -> StageLink:
@@ -166,7 +170,14 @@ class StageGroup:
             pairs = zip(self._actors, self._addresses[1:] + self._addresses[:1], strict=True)
             await asyncio.gather(*(actor.connect_next.remote(after) for actor, after in pairs))
         self._serving = [actor.serve.remote() for actor in self._actors]
-        return await StageLink.connect(self._addresses, step_timeout_s=self._args.step_timeout_s)
+        self._link = await StageLink.connect(self._addresses, step_timeout_s=self._step_timeout_s)
+        return self._link
+
+    def set_step_timeout(self, step_timeout_s: float) -> None:
+        """The longest a step may take, of the pipeline there is and of every later one."""
+        self._step_timeout_s = step_timeout_s
+        if self._link is not None:
+            self._link.set_step_timeout(step_timeout_s)
 
     def kill(self) -> None:
         """End every stage's process; those already dead are fine."""

@@ -60,7 +60,6 @@ class StageLink:
         self._channels = list(channels)
         self._compactor = StepCompactor()
         self._silence_s = silence_s
-        self._watch_s = min(_WATCH_S, silence_s / 4, step_timeout_s / 4)
         self._deadline = StepDeadline(step_timeout_s)
         self._loop = asyncio.get_running_loop()
         self._heard_s = [self._loop.time()] * len(self._channels)
@@ -96,6 +95,10 @@ class StageLink:
     def num_stages(self) -> int:
         """Length of the pipeline."""
         return len(self._channels)
+
+    def set_step_timeout(self, step_timeout_s: float) -> None:
+        """From now on, the longest a step may take; also of steps in flight."""
+        self._deadline.ceiling_s = step_timeout_s
 
     async def send(self, step: StepInput | EmbedInput) -> None:
         """Hand a step to every stage; raises StageLostError."""
@@ -161,10 +164,11 @@ class StageLink:
         """Look after silent stages and overdue steps until one is found."""
         while not self._lost.done():
             begin_s = self._loop.time()
-            await asyncio.sleep(self._watch_s)
+            watch_s = min(_WATCH_S, self._silence_s / 4, self._deadline.ceiling_s / 4)
+            await asyncio.sleep(watch_s)
             now_s = self._loop.time()
             # What this process was too busy to read says nothing about the stages.
-            held_up_s = now_s - begin_s - self._watch_s
+            held_up_s = now_s - begin_s - watch_s
             self._heard_s = [heard_s + held_up_s for heard_s in self._heard_s]
             self._answered_s += held_up_s
             self._find_silent(now_s)

@@ -15,7 +15,7 @@ def test_bounds_and_timeouts_change_without_a_restart(cluster: Cluster) -> None:
         cluster.edit(
             lambda values: values["models"][0].update(
                 replicas={"min": 2, "max": 2, "target_waiting_tokens": 4096},
-                timeouts={"request": "90s", "drain": "20s"},
+                timeouts={"request": "90s", "step": "30s", "drain": "20s"},
             )
         )
         planned = cluster.manta("plan", str(cluster.config))

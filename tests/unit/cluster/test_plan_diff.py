@@ -98,6 +98,7 @@ def test_quantization_and_kernels_restart_the_replicas(line):
             "replicas.upscale_delay and replicas.target_",
         ),
         ("replicas", "timeouts: {request: 90s}\n    replicas", "timeouts.drain and timeouts.request"),
+        ("replicas", "timeouts: {step: 9s}\n    replicas", "timeouts.step"),
         ("replicas", "timeouts: {drain: 90s}\n    replicas", "timeouts.drain"),
     ],
 )

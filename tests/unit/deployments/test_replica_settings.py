@@ -9,7 +9,7 @@ from deployments.messages import Embed
 from deployments.replica.autoscale import WaitingTokensPolicy
 from deployments.replica.service import within
 
-SETTINGS = ReplicaSettings(target_waiting_tokens=100, request_timeout_s=30.0, drain_timeout_s=5.0)
+SETTINGS = ReplicaSettings(target_waiting_tokens=100, request_timeout_s=30.0, step_timeout_s=9.0, drain_timeout_s=5.0)
 
 
 @pytest.mark.parametrize(("asked", "given"), [(10.0, 10.0), (30.0, 30.0), (600.0, 30.0)])

@@ -159,6 +159,16 @@ async def test_a_stage_that_lives_but_never_answers_is_overdue() -> None:
         await link.close()
 
 
+async def test_another_step_timeout_holds_for_the_step_in_flight() -> None:
+    async with fake_stage(alive=True) as stage:
+        link = await StageLink.connect([stage], step_timeout_s=300.0)
+        await link.send(STEP)
+        link.set_step_timeout(0.1)
+        with pytest.raises(StageLostError, match=r"a step of 3 tokens within 0\.1 s"):
+            await asyncio.wait_for(link.receive(), 10)
+        await link.close()
+
+
 async def test_a_link_without_a_step_under_way_waits_for_ever() -> None:
     async with fake_stage(alive=True) as stage:
         link = await StageLink.connect([stage], step_timeout_s=0.1, silence_s=60.0)
