@@ -297,6 +297,15 @@ class Replies(Message, frozen=True, kw_only=True):
     replies: tuple[Started | Delta | Finished | Refused, ...]
 
 
+def refuse(
+    request_id: str, code: RefusalCode, message: str, *, param: str | None = None, retry_after_s: float | None = None
+) -> RequestRefused:
+    """The exception that refuses a request."""
+    return RequestRefused(
+        Refused(request_id=request_id, code=code, message=message, param=param, retry_after_s=retry_after_s)
+    )
+
+
 class Load(Message, frozen=True, kw_only=True):
     """Pushed by a replica to every connected gateway about once a second."""
 

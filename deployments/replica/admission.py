@@ -4,20 +4,11 @@ import secrets
 
 import msgspec
 
-from deployments.messages import ChatPrompt, Generate, RefusalCode, Refused, RequestRefused, SamplingParams
+from deployments.messages import ChatPrompt, Generate, SamplingParams, refuse
 from deployments.replica.text import TextTokenizer, prompt_param
 from deployments.replica.tools import tool_grammar
 
 _SEED_BITS = 63
-
-
-def refuse(
-    request_id: str, code: RefusalCode, message: str, *, param: str | None = None, retry_after_s: float | None = None
-) -> RequestRefused:
-    """The exception that refuses a request."""
-    return RequestRefused(
-        Refused(request_id=request_id, code=code, message=message, param=param, retry_after_s=retry_after_s)
-    )
 
 
 def admit_sampling(

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from deployments.messages import Grammar
-from deployments.replica.admission import refuse
+from deployments.messages import Grammar, refuse
 from deployments.runtime.grammar_check import COMPILE_LIMIT_S, MEMORY_LIMIT_BYTES, Verdict
 
 logger = logging.getLogger(__name__)

@@ -23,11 +23,10 @@ from deployments.messages import (
     EmbedOutput,
     Load,
     RefusalCode,
-    Refused,
     RequestRefused,
     StageFailed,
+    refuse,
 )
-from deployments.replica.admission import refuse
 from deployments.replica.encode import PromptEncoder
 from deployments.replica.life import EngineLife, OnStageFailure
 from deployments.replica.link import EmbedLink
@@ -236,8 +235,7 @@ class EmbedEngine(EngineLife):
         self._waiting.clear()
         for request in self._requests.values():
             if not request.done.done():
-                refused = Refused(request_id=request.request_id, code=code, message=message)
-                request.done.set_exception(RequestRefused(refused))
+                request.done.set_exception(refuse(request.request_id, code, message))
 
     async def _pump(self) -> None:
         while self.failed is None:

@@ -27,8 +27,8 @@ from deployments.messages import (
     StageFailed,
     Started,
     StepOutput,
+    refuse,
 )
-from deployments.replica.admission import refuse
 from deployments.replica.blocks import BlockPool
 from deployments.replica.constraints import GrammarChecker
 from deployments.replica.intake import Intake

@@ -7,8 +7,8 @@ from itertools import count
 
 from msgspec.structs import replace
 
-from deployments.messages import Generate
-from deployments.replica.admission import admit_sampling, admit_tools, refuse
+from deployments.messages import Generate, refuse
+from deployments.replica.admission import admit_sampling, admit_tools
 from deployments.replica.constraints import GrammarChecker
 from deployments.replica.encode import PromptEncoder
 from deployments.replica.request import Request

@@ -11,8 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import ClassVar, Literal
 
-from deployments.messages import RefusalCode
-from deployments.replica.admission import refuse
+from deployments.messages import RefusalCode, refuse
 from deployments.replica.link import LINK_ERRORS
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from deployments.messages import (
     Sample,
     SamplingParams,
     Started,
+    refuse,
 )
-from deployments.replica.admission import refuse
 from deployments.replica.sequence import Sequence, SequenceState
 from deployments.replica.stops import StopChecker
 from deployments.replica.text import TextTokenizer

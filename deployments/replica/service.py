@@ -30,13 +30,13 @@ from deployments.messages import (
     Finished,
     Generate,
     Load,
-    Refused,
     RequestRefused,
     SamplingParams,
     Started,
     TextPrompt,
     Tokenize,
     Tokenized,
+    refuse,
 )
 from deployments.replica.constraints import GrammarChecker
 from deployments.replica.drain import DrainWatch
@@ -188,14 +188,17 @@ class ReplicaService:
     def generate(self, request: Generate) -> AsyncGenerator[Started | Delta | Finished]:
         """Events of one request; raises RequestRefused."""
         if isinstance(self._engine, EmbedEngine):
-            raise _wrong_task(request.request_id, self._args.model, "embeds; ask /v1/embeddings")
+            raise self._wrong_task(request.request_id, "embeds; ask /v1/embeddings")
         return self._engine.submit(within(request, self._settings))
 
     async def embed(self, request: Embed) -> tuple[Embedded, NDArray[float32]]:
         """One vector per input; raises RequestRefused."""
         if isinstance(self._engine, Engine):
-            raise _wrong_task(request.request_id, self._args.model, "generates; ask /v1/chat/completions")
+            raise self._wrong_task(request.request_id, "generates; ask /v1/chat/completions")
         return await self._engine.embed(within(request, self._settings))
+
+    def _wrong_task(self, request_id: str, what: str) -> RequestRefused:
+        return refuse(request_id, "unsupported", f"model {self._args.model!r} {what}")
 
     def configure(self, settings: ReplicaSettings) -> None:
         """Take over new settings; requests under way keep the time they were given."""
@@ -294,7 +297,3 @@ def _embed_config(args: ModelAppArgs) -> EmbedConfig:
         max_waiting=args.max_waiting,
         on_stage_failure="hold",
     )
-
-
-def _wrong_task(request_id: str, model: str, what: str) -> RequestRefused:
-    return RequestRefused(Refused(request_id=request_id, code="unsupported", message=f"model {model!r} {what}"))

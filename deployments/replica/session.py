@@ -26,13 +26,13 @@ from deployments.messages import (
     Generate,
     Load,
     Opened,
-    RefusalCode,
     Refused,
     Replies,
     RequestRefused,
     Started,
     Tokenize,
     Tokenized,
+    refuse,
 )
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,9 @@ class GatewaySession:
 
     def _begin(self, request: Generate | Embed | Tokenize | Detokenize) -> None:
         if request.request_id in self._tasks:
-            self._outbox.put(_refusal(request.request_id, "invalid_request", "this request id is already in use"))
+            self._outbox.put(
+                refuse(request.request_id, "invalid_request", "this request id is already in use").refused
+            )
             return
         task = asyncio.create_task(self._answer(request))
         self._tasks[request.request_id] = task
@@ -166,7 +168,7 @@ class GatewaySession:
             return "unreachable"  # the reader sees it too and ends the session
         except Exception as error:
             logger.exception("request %s failed", request.request_id)
-            self._outbox.put(_refusal(request.request_id, "internal", f"the replica failed: {error!r}"))
+            self._outbox.put(refuse(request.request_id, "internal", f"the replica failed: {error!r}").refused)
             return "failed"
         return "done"
 
@@ -193,7 +195,3 @@ class GatewaySession:
         while True:
             await self._channel.send(self._service.load())
             await asyncio.sleep(LOAD_PERIOD_S)
-
-
-def _refusal(request_id: str, code: RefusalCode, message: str) -> Refused:
-    return Refused(request_id=request_id, code=code, message=message)

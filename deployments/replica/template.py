@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from deployments.messages import ChatPrompt, RefusalCode, Refused, RequestRefused, ToolFormat
+from deployments.messages import ChatPrompt, ToolFormat, refuse
 from deployments.replica.tools import (
     TEMPLATE_ERRORS,
     CallSyntax,
@@ -14,11 +14,6 @@ from deployments.replica.tools import (
     template_knows_tools,
     template_messages,
 )
-
-
-def refusal(request_id: str, code: RefusalCode, message: str, param: str) -> RequestRefused:
-    """The exception that refuses a request because of its field ``param``."""
-    return RequestRefused(Refused(request_id=request_id, code=code, message=message, param=param))
 
 
 class ChatTemplate:
@@ -37,16 +32,16 @@ class ChatTemplate:
         """The text of a conversation; raises RequestRefused."""
         if not getattr(self._tokenizer, "chat_template", None):
             message = "this model has no chat template, so it cannot chat; use /v1/completions"
-            raise refusal(request_id, "unsupported", message, "messages")
+            raise refuse(request_id, "unsupported", message, param="messages")
         if speaks_of_tools(prompt) and not self._knows_tools:
             message = "this model's chat template knows no tools; leave out 'tools' and what came of them"
-            raise refusal(request_id, "unsupported", message, "tools" if prompt.tools else "messages")
+            raise refuse(request_id, "unsupported", message, param="tools" if prompt.tools else "messages")
         tools = [json.loads(tool) for tool in prompt.tools] or None
         try:
             return self._apply(template_messages(prompt), tools, prompt.add_generation_prompt)
         except TEMPLATE_ERRORS as error:
             message = f"the model's chat template does not take these messages: {error}"
-            raise refusal(request_id, "invalid_request", message, "messages") from error
+            raise refuse(request_id, "invalid_request", message, param="messages") from error
 
     def _apply(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool = True

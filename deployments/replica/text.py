@@ -31,9 +31,10 @@ from deployments.messages import (
     TokenLogprob,
     TokenPrompt,
     ToolFormat,
+    refuse,
 )
 from deployments.replica.plain_tokenizer import read_tokenizer
-from deployments.replica.template import ChatTemplate, refusal
+from deployments.replica.template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class TextTokenizer:
             self._check_known(token_ids, request_id, "prompt")
         if not token_ids:
             message = "the prompt has no tokens; write at least one"
-            raise refusal(request_id, "invalid_request", message, prompt_param(prompt))
+            raise refuse(request_id, "invalid_request", message, param=prompt_param(prompt))
         return token_ids
 
     def encode_text(
@@ -141,7 +142,7 @@ class TextTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             message = f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
-            raise refusal(request_id, "invalid_request", f"{message}; send valid Unicode", param) from error
+            raise refuse(request_id, "invalid_request", f"{message}; send valid Unicode", param=param) from error
         self._check_size(text, request_id, context_tokens, param)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         self._check_known(ids, request_id, param)
@@ -160,7 +161,7 @@ class TextTokenizer:
                     f"this model's context is {context_tokens} tokens, but the first {num_characters} of "
                     f"{len(text)} characters alone have {num_tokens}; shorten the text"
                 )
-                raise refusal(request_id, "context_length_exceeded", message, param)
+                raise refuse(request_id, "context_length_exceeded", message, param=param)
             num_characters *= 4
 
     def encode_inputs(
@@ -178,7 +179,7 @@ class TextTokenizer:
                 self._check_known(token_ids, request_id, "input")
             if not token_ids:
                 message = f"input {index} has no tokens; write at least one"
-                raise refusal(request_id, "invalid_request", message, "input")
+                raise refuse(request_id, "invalid_request", message, param="input")
             encoded.append(token_ids)
         return encoded
 
@@ -187,7 +188,7 @@ class TextTokenizer:
             return
         unknown = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
         message = f"token id {unknown} is not in the vocabulary; allowed: 0 to {self.vocab_size - 1}"
-        raise refusal(request_id, "invalid_request", message, param)
+        raise refuse(request_id, "invalid_request", message, param=param)
 
     def is_special(self, text: str) -> bool:
         """Whether ``text`` is a token that is left out of what clients see."""

@@ -19,11 +19,10 @@ from deployments.messages import (
     Embed,
     Embedded,
     Generate,
-    RefusalCode,
-    Refused,
     RequestRefused,
     Tokenize,
     Tokenized,
+    refuse,
 )
 from deployments.router.choose import choose_target
 from deployments.router.connection import ReplicaConnection, ReplicaLeaving, ReplicaLostError, Reply, Request
@@ -177,7 +176,7 @@ class Router:
         """The replicas that a new request goes to."""
         route = self.find(model)
         if route is None:
-            raise _refused(request_id, "model_not_found", f"The model {model!r} is no longer served.")
+            raise refuse(request_id, "model_not_found", f"The model {model!r} is no longer served.")
         target = choose_target(route.targets, random.random())  # noqa: S311 - a traffic split, not a secret
         return self._pools[target.app]
 
@@ -191,7 +190,7 @@ class Router:
         except TimeoutError as error:
             raise _too_late(request_id, left_s) from error
         except NoReplicaError as error:
-            raise _refused(request_id, "draining", f"the request could not be finished: {error}") from error
+            raise refuse(request_id, "draining", f"the request could not be finished: {error}") from error
 
     async def close(self) -> None:
         """Close every pool."""
@@ -229,17 +228,13 @@ class Attempt:
             logger.warning("request %s goes on elsewhere: %s", request_id, error, extra={"request_id": request_id})
             reason = self._losses.count(num_tokens)
             if reason is not None:
-                raise _refused(request_id, "internal", f"{reason}; it is not tried again") from error
+                raise refuse(request_id, "internal", f"{reason}; it is not tried again") from error
 
     def stay_with(self, pool: ReplicaPool, produces: str) -> None:
         """The client has been told something: only replicas of the same make may go on."""
         self.pool, self.produces = pool, produces
 
 
-def _refused(request_id: str, code: RefusalCode, message: str) -> RequestRefused:
-    return RequestRefused(Refused(request_id=request_id, code=code, message=message))
-
-
 def _too_late(request_id: str, seconds: float) -> RequestRefused:
     message = f"no replica answered within the request's deadline ({seconds:.1f} s left when it was asked)"
-    return _refused(request_id, "deadline_exceeded", message)
+    return refuse(request_id, "deadline_exceeded", message)
