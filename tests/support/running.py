@@ -1,8 +1,8 @@
 """A cluster of its own for tests: tiny models behind the real command, on free ports, nothing left afterwards."""
 
 import json
+import random
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,22 +12,25 @@ from typing import Any
 import psutil
 import yaml
 
+from cluster.control.ports import is_free
 from tests.support.tiny_models import save_tiny_model
 from tests.support.tiny_tokenizer import byte_level_tokenizer, wordpiece_tokenizer
 
 UP_TIMEOUT_S = 240
 
 
+_PORTS = range(20_000, 32_000)
+"""Below those that the system gives out itself: Ray takes many of them before the gateway opens its own."""
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Ports that nobody listens on now, and that nobody will be given by chance."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().choice(_PORTS)
+        if port not in found and is_free(port):
+            found.append(port)
+    return found
 
 
 def save_tiny_chat(directory: Path, **overrides: Any) -> None:
