@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 from deployments.messages import (
     Delta,
@@ -61,6 +62,7 @@ class EngineConfig:
     """Sequences that may wait beyond those that can run at once; a request has one per choice."""
     min_decode_split: int = 2
     min_prefill_chunk: int = 64
+    steps_ahead: Literal[0, 1] = 1
     on_stage_failure: OnStageFailure = "refuse"
 
     def __post_init__(self) -> None:
@@ -375,4 +377,5 @@ def _scheduler_config(config: EngineConfig, link: StageLink) -> SchedulerConfig:
         max_step_tokens=config.max_step_tokens,
         min_decode_split=config.min_decode_split,
         min_prefill_chunk=config.min_prefill_chunk,
+        steps_ahead=config.steps_ahead,
     )

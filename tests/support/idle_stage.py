@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import uvloop
 
 from deployments.messages import Sample, StageTiming, StepInput
 from deployments.stage.worker import StagePosition, StageWorker
@@ -95,4 +96,4 @@ def cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
+    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))

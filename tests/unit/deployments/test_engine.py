@@ -29,6 +29,37 @@ def engine_for(settings=None, *, num_stages=2, clock=None, **options):
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
+async def test_running_ahead_changes_nothing_but_when_steps_are_sent(num_stages):
+    requests = [
+        generate(f"r{i}", PROMPT[i : i + 9], max_tokens=40, temperature=1.0, seed=i, n=1 + i % 2, stop=("&(",),
+                 ignore_eos=bool(i % 3))
+        for i in range(6)
+    ]  # fmt: skip
+    seen = []
+    for steps_ahead in (0, 1):
+        engine, link = engine_for(config(num_blocks=17, steps_ahead=steps_ahead), num_stages=num_stages)
+        async with running(engine):
+            outcomes = await asyncio.gather(*(collect(engine, request) for request in requests))
+            assert engine.stats().num_preemptions > 0, "the pool was to be too small"
+        assert (link.num_ahead > 0) == bool(steps_ahead)
+        for request, outcome in zip(requests, outcomes, strict=True):
+            check(request, outcome)
+        seen.append([[outcome.tokens(i) for i in range(2)] for outcome in outcomes])
+    assert seen[0] == seen[1]
+
+
+async def test_a_sequence_that_ends_wastes_at_most_one_position_and_a_known_end_none():
+    for sampling, num_wasted in (({}, 0), ({"stop_token_ids": tuple(range(2, 12))}, 1)):
+        engine, link = engine_for(num_stages=1)
+        request = generate(prompt=PROMPT, max_tokens=6, **sampling)
+        async with running(engine):
+            check(request, await collect(engine, request))
+        num_tokens = expected_choice(request).tokens
+        num_positions = sum(part.num_tokens for step in link.sent for part in step.sequences)
+        assert num_positions == len(PROMPT) + len(num_tokens) - 1 + num_wasted
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
 @pytest.mark.parametrize("max_step_tokens", [2, 7, 64])
 async def test_one_request_is_the_reference_for_any_pipeline_and_chunk_size(num_stages, max_step_tokens):
     engine, _ = engine_for(config(max_step_tokens=max_step_tokens), num_stages=num_stages)

@@ -84,6 +84,24 @@ async def test_greedy_equals_generate_after_preemption(model) -> None:
         await engine.stop()
 
 
+@pytest.mark.parametrize("borders", [[0, 4], [0, 1, 3, 4]])
+async def test_running_ahead_changes_no_token(model, borders: list[int]) -> None:
+    directory, _ = model
+    params = {"temperature": 0.9, "top_p": 0.95, "presence_penalty": 0.7, "repetition_penalty": 1.2, "min_tokens": 3}
+    seen = []
+    for steps_ahead in (0, 1):
+        async with serve_stages(load_runners(directory, borders, num_blocks=40)) as (link, _):
+            engine = Engine(config(num_blocks=40, steps_ahead=steps_ahead), tiny_text(), link)
+            await engine.start()
+            runs = [
+                run(engine, i, p, n=1 + i % 2, seed=i, ignore_eos=i % 2 == 0, **params) for i, p in enumerate(PROMPTS)
+            ]
+            seen.append(await asyncio.gather(*runs))
+            assert engine.stats().num_preemptions > 0, "the pool was to be too small"
+            await engine.stop()
+    assert seen[0] == seen[1]
+
+
 async def test_seeded_sampling_does_not_depend_on_company(model) -> None:
     directory, _ = model
     params = {"temperature": 1.0, "seed": 42, "n": 3, "top_p": 0.9}
