@@ -20,7 +20,7 @@ class StepDeadline:
     def limit_s(self, num_tokens: int) -> float:
         """How long a step over ``num_tokens`` may take."""
         if num_tokens == 0:
-            return self._ceiling_s
+            return self.ceiling_s
         known = [seconds for size, seconds in self._longest_s.items() if size >= num_tokens.bit_length()]
         if not known:
             return self.ceiling_s

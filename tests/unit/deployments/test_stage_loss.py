@@ -183,6 +183,7 @@ def test_the_deadline_follows_honest_steps_between_floor_and_ceiling() -> None:
     deadline.observe(1, 0.02)
     assert deadline.limit_s(1) == 10.0, "never below the floor"
     assert deadline.limit_s(512) == 60.0, "nothing of that size is known"
+    assert deadline.limit_s(0) == 60.0, "its size is not known here"
     deadline.observe(512, 1.5)
     assert deadline.limit_s(512) == 30.0
     assert deadline.limit_s(300) == 30.0
