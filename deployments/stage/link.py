@@ -129,8 +129,19 @@ class StageLink:
     async def _next_result(self) -> tuple[StageResult, list[bytes]]:
         result = await self._results.get()
         if isinstance(result, StageLostError):
-            raise result
+            return self._find_cause(result)
         return result
+
+    def _find_cause(self, loss: StageLostError) -> tuple[StageFailed, list[bytes]]:
+        """A failure that was reported just as connections broke; raises ``loss`` if there is none.
+
+        A stage that fails says so and leaves, and its neighbours leave with it: their ends may be seen first.
+        """
+        while not self._results.empty():
+            other = self._results.get_nowait()
+            if not isinstance(other, StageLostError) and isinstance(other[0], StageFailed):
+                return other[0], []
+        raise loss
 
     async def _read(self, index: int, channel: Channel) -> None:
         while True:

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deployments.channel import Channel, Listener
 from deployments.messages import Sample, SamplingParams, SequenceStart, SequenceStep, StageFailed, StepInput
 from deployments.stage.compact import StepCompactor, StepExpander
+from deployments.stage.link import StageAddress, StageLink
 from tests.support.local_stages import serve_stages
 
 
@@ -142,3 +144,32 @@ def test_a_sequence_that_was_never_started_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="sequence 1, which was never started"):
         StepExpander().expand(type(compacted)(step=2, parts=compacted.parts, follows=True))
+
+
+async def test_a_failure_is_told_even_when_the_neighbours_end_is_seen_first() -> None:
+    channels: list[asyncio.Future[Channel]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    done = asyncio.Event()
+
+    def listener(index: int) -> Listener:
+        async def hold(channel: Channel) -> None:
+            await channel.receive()
+            channels[index].set_result(channel)
+            await done.wait()
+
+        return Listener(hold)
+
+    listeners = [listener(0), listener(1)]
+    stages = [StageAddress(address=await each.start("127.0.0.1"), secret=each.secret) for each in listeners]
+    link = await StageLink.connect(stages, step_timeout_s=30.0)
+    first, second = [await channel for channel in channels]
+    first.close()
+    await link.wait_lost()
+    await second.send(StageFailed(step=4, message="it broke"))
+    second.close()
+    while link._results.qsize() < 2:
+        await asyncio.sleep(0)
+    assert await link.receive() == StageFailed(step=4, message="it broke")
+    done.set()
+    await link.close()
+    for each in listeners:
+        await each.stop()
