@@ -85,12 +85,14 @@ class TokenPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
 class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat"):
     """A conversation, rendered by the model's own chat template; OpenAI's message shape, content as text.
 
-    ``tools`` are those that the template is to show, each as JSON text in OpenAI's shape.
+    ``tools`` are those that the template is to show, each as JSON text in OpenAI's shape. A template which tells the
+    date sees the Unix time ``asked_at``, so that every replica renders the same; None is now.
     """
 
     messages: tuple[dict[str, Any], ...]
     add_generation_prompt: bool = True
     tools: tuple[str, ...] = ()
+    asked_at: float | None = None
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt

@@ -8,6 +8,7 @@ classes, code in the checkpoint, tokens that only the configuration knows.
 """
 
 import json
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,12 @@ class PlainTokenizer:
         tools: list[dict[str, Any]] | None = None,
         tokenize: bool,
         add_generation_prompt: bool,
+        asked_at: float | None = None,
     ) -> str:
-        """The conversation as the model's prompt; raises what the template raises."""
+        """The conversation as the model's prompt; raises what the template raises.
+
+        ``asked_at`` is the Unix time that a template which tells the date is to see, None the time now.
+        """
         assert not tokenize, "the caller encodes"
         name = "tool_use" if tools is not None and "tool_use" in self._renders else "default"
         if name not in self._renders:
@@ -60,6 +65,7 @@ class PlainTokenizer:
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **self._special_tokens,
+            **({} if asked_at is None else {"strftime_now": datetime.fromtimestamp(asked_at).strftime}),
         )
 
     @cached_property

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from deployments.messages import ChatPrompt, ToolFormat, refuse
+from deployments.replica.plain_tokenizer import PlainTokenizer
 from deployments.replica.tools import (
     TEMPLATE_ERRORS,
     CallSyntax,
@@ -38,16 +39,22 @@ class ChatTemplate:
             raise refuse(request_id, "unsupported", message, param="tools" if prompt.tools else "messages")
         tools = [json.loads(tool) for tool in prompt.tools] or None
         try:
-            return self._apply(template_messages(prompt), tools, prompt.add_generation_prompt)
+            return self._apply(template_messages(prompt), tools, prompt.add_generation_prompt, prompt.asked_at)
         except TEMPLATE_ERRORS as error:
             message = f"the model's chat template does not take these messages: {error}"
             raise refuse(request_id, "invalid_request", message, param="messages") from error
 
     def _apply(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool = True,
+        asked_at: float | None = None,
     ) -> str:
+        # transformers takes no clock: what only it can read sees the time now
+        clock = {"asked_at": asked_at} if isinstance(self._tokenizer, PlainTokenizer) else {}
         text = self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **clock
         )
         return str(text)
 

@@ -1,8 +1,10 @@
 """What one client has been sent: replicas' events in, the client's events out, and how another replica goes on."""
 
+import time
+
 import msgspec
 
-from deployments.messages import Delta, EmittedChoice, Finished, Generate, Started
+from deployments.messages import ChatPrompt, Delta, EmittedChoice, Finished, Generate, Started
 
 
 class StreamProgress:
@@ -13,7 +15,7 @@ class StreamProgress:
     """
 
     def __init__(self, request: Generate) -> None:
-        self._request = request
+        self._request = _at_one_time(request)
         self._started: Started | None = None
         self._token_ids: list[list[int]] = [[] for _ in range(request.sampling.n)]
         self._ended = [False] * request.sampling.n
@@ -77,6 +79,13 @@ class StreamProgress:
         return msgspec.structs.replace(
             self._request, deadline_s=deadline_s, sampling=sampling, emitted=tuple(emitted)
         )
+
+
+def _at_one_time(request: Generate) -> Generate:
+    """The request with its moment, which is part of the prompt where a chat template tells the date."""
+    if not isinstance(request.prompt, ChatPrompt) or request.prompt.asked_at is not None:
+        return request
+    return msgspec.structs.replace(request, prompt=msgspec.structs.replace(request.prompt, asked_at=time.time()))
 
 
 class Losses:

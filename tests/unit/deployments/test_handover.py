@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from datetime import datetime
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from deployments.gateway.backend import Event
 from deployments.messages import (
+    ChatPrompt,
     Delta,
     Detokenize,
     Embed,
@@ -27,7 +30,7 @@ from deployments.messages import (
 )
 from deployments.replica.engine import Engine
 from deployments.replica.text import TextTokenizer
-from deployments.router.progress import Losses
+from deployments.router.progress import Losses, StreamProgress
 from deployments.router.router import Router
 from tests.support.engine_runs import TEXT, Outcome, check, collect, config, generate, link_for, running, until
 from tests.support.fake_cluster import FakeCluster, table
@@ -448,3 +451,16 @@ async def test_a_refusal_that_is_not_about_the_replica_is_the_clients() -> None:
         for replica in replicas:
             replica.link.open_gate()
         await asyncio.gather(*asking)
+
+
+def test_a_template_that_tells_the_date_tells_every_replica_the_same(tmp_path: Path) -> None:
+    template = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}: {{ messages[0]['content'] }}"
+    byte_level_tokenizer(chat_template=template).save_pretrained(tmp_path)
+    text = TextTokenizer.load(tmp_path)
+    prompt = ChatPrompt(messages=({"role": "user", "content": "hi"},))
+    progress = StreamProgress(msgspec.structs.replace(generate(), prompt=prompt))
+    first, second = (progress.request(deadline_s).prompt for deadline_s in (5.0, 4.0))
+    assert first == second
+    long_ago = msgspec.structs.replace(first, asked_at=0.0)
+    rendered = text.decode(text.encode(long_ago, request_id="r", context_tokens=99))
+    assert rendered == f"{datetime.fromtimestamp(0.0):%Y-%m-%d %H:%M:%S}: hi"
