@@ -149,5 +149,5 @@ def _examples(texts: Iterable[str]) -> str:
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return ""
-    more = f"; and {len(distinct) - _EXAMPLES} other kinds" if len(distinct) > _EXAMPLES else ""
+    more = f"; and {len(distinct) - _EXAMPLES} others" if len(distinct) > _EXAMPLES else ""
     return ": " + "; ".join(distinct[:_EXAMPLES]) + more

@@ -68,7 +68,7 @@ async def test_a_healthy_gateway_keeps_every_promise() -> None:
 FAULTS = {
     "repeat": ({"every request has exactly one end", "answers equal the undisturbed ones"}, "repeats"),
     "drop": ({"every request has exactly one end", "answers equal the undisturbed ones"}, "lost"),
-    "fail": ({"every request is answered"}, "stage 1 is lost"),
+    "fail": ({"every request is answered"}, "could not finish this request"),
     "hang": ({"every request is answered", "every request has exactly one end"}, "no end after 0.5 s"),
 }
 
@@ -293,7 +293,7 @@ async def test_kinds_that_a_model_refuses_are_not_asked_and_the_drill_says_so(dr
 
 async def test_a_cluster_that_fails_undisturbed_is_not_drilled(drilled: Drilled) -> None:
     drilled.backend.fault = "fail"
-    with pytest.raises(ControlError, match=r"fails while nothing happens.*stage 1 is lost"):
+    with pytest.raises(ControlError, match=r"fails while nothing happens.*could not finish this request"):
         await drilled.run(pause)
     assert drilled.site.calls == ["restore"]
 
