@@ -8,8 +8,11 @@ In the order in which a stage uses them:
     rope.py           rotary angles
     weights.py        safetensors -> packed memory, one tensor at a time
     slice.py          a stage's slice: one call computes one step
-    slice.cpp         the same, inside: layers (slice.h), attention over the paged cache (attention.h), products of
-                      packed matrices (matrix.h), the threads that share them (team.h)
+    slice.cpp         the same, inside: a step through the layers
+      weights.h       matrices, norms, embedding; how tensors are packed: packing.h, matrix.h
+      product.h       activations (activation.h) times a packed matrix, with 4 bits through int4.h
+      attention.h     the paged cache, and attention that reads it in place
+      team.h          the threads that share a step
 
 Memory of a stage, in bytes (W its matrices' elements, E its embedding's and H its head's, T tokens in a step):
 

@@ -12,7 +12,7 @@
 
 #include <algorithm>
 
-#include "matrix.h"
+#include "product.h"
 
 namespace manta {
 
@@ -46,7 +46,8 @@ class Cache {
   // The unit that holds `position` of a sequence with this block table.
   char* unit(int layer, const int32_t* blocks, int head, int position) const {
     const size_t block = static_cast<size_t>(layer) * num_blocks + blocks[position / block_tokens];
-    return memory_.data() + block * block_bytes_ + head * head_bytes_ + position % block_tokens / kUnitTokens * unit_bytes;
+    const size_t unit = position % block_tokens / kUnitTokens;
+    return memory_.data() + block * block_bytes_ + head * head_bytes_ + unit * unit_bytes;
   }
   const char* values(const char* unit) const { return unit + num_key_tiles * kTileBytes; }
 
@@ -189,7 +190,9 @@ class Attention {
     load_configuration(config);
   }
 
-  float* score_row(int unit, int row) { return reinterpret_cast<float*>(scores_.data()) + (unit * kLane + row) * kLane; }
+  float* score_row(int unit, int row) {
+    return reinterpret_cast<float*>(scores_.data()) + (unit * kLane + row) * kLane;
+  }
 
   void compute_scores(const Cache& cache, int num_units) {
     finish_stores();

@@ -1,4 +1,4 @@
-"""The compiled library's functions and structures, typed; their other side: ``slice.h``, the end of ``slice.cpp``."""
+"""The compiled library, typed; the other side: ``weights.h``, ``slice.h``, and the C interface in ``slice.cpp``."""
 
 import ctypes
 from enum import IntEnum

@@ -6,7 +6,7 @@
 
 namespace manta {
 
-// Rows `row .. row + 16` of a [num_rows, width] array as one tile column of `matrix`, at the panel's left or right half.
+// Rows `row .. row + 16` of an array as one tile column of `matrix`, at the panel's left or right half.
 // A tile is sixteen rows of sixteen cells; a cell is four bytes of one row of the array: two bfloat16 or four int8.
 inline void pack_tiles(const Matrix& matrix, int panel, int half, const char* source, size_t row_bytes, int row,
                        int num_rows) {

@@ -8,22 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
-#include "packing.h"
+#include "weights.h"
 
 namespace manta {
-
-// Mirrored by library.py, field by field.
-struct SliceShape {
-  int32_t format, head_format;
-  int32_t num_layers, hidden_size, intermediate_size, vocab_size;
-  int32_t num_query_heads, num_kv_heads, head_dim;
-  int32_t has_embedding, has_head, shares_embedding;  // shares: the head's matrix is looked up as embedding too
-  int32_t has_head_norms;                             // norms over each query and key head
-  int32_t num_blocks, block_tokens, context_tokens;
-  int32_t num_threads;
-  float norm_epsilon, attention_scale;
-};
 
 // One step's sequences. Row r of sequence s has position positions[s] + r; all offsets are into the flat arrays.
 struct StepArrays {
@@ -39,33 +26,14 @@ struct StepArrays {
   float* logits;                 // [num_samples, vocab_size], last slice
 };
 
-enum class Part : int { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kHead };
-enum class NormPart : int { kAttention, kMlp, kQuery, kKey, kFinal };
-
-struct Layer {
-  Matrix query_key_value, output, gate_up, down;
-  float* attention_norm;
-  float* mlp_norm;
-  float* query_norm;
-  float* key_norm;
-  int window = 0;      // 0: sees everything
-  bool rotates = true;
-};
-
 class Slice {
  public:
   explicit Slice(const SliceShape& shape);
 
-  // Loading: each tensor once, in any order. ValueError texts are thrown as std::invalid_argument.
-  void load_matrix(int layer, Part part, const void* data, const float* scales, int num_rows, int num_columns);
-  void load_bias(int layer, Part part, const float* data, int num_rows);
-  void load_norm(int layer, NormPart part, const float* data, int width);
-  void load_embedding(const uint16_t* data);
-  void load_angles(const float* data);  // [context_tokens, head_dim]: cosines, then sines
-  void set_layer(int layer, int window, bool rotates);
+  Weights weights;
 
+  // One step; throws std::invalid_argument before anything is read or written where an index is wrong.
   void forward(const StepArrays& step);
-  size_t weight_bytes() const { return weights_.used(); }
 
  private:
   struct Worker;
@@ -74,6 +42,7 @@ class Slice {
   };
 
   void check(const StepArrays& step) const;
+  void check_sequence(const StepArrays& step, int sequence) const;
   void plan(const StepArrays& step);
   void compute(Member& member);
   void compute_layer(Member& member, int index);
@@ -82,22 +51,18 @@ class Slice {
   void seal_rows(Member& member, Activation& activation);
   void attend(Member& member, int index);
   void append(int index, const AppendTask& task, Worker& worker);
+  void attend_task(int index, const AttentionTask& task, Worker& worker);
   void prepare(const Layer& layer, const float* source, const float* norm, int position, float* out) const;
   void finish(Member& member);
-  std::pair<const Matrix*, Place> find(int layer, Part part) const;
+
+  float* hidden(size_t row) const { return reinterpret_cast<float*>(hidden_.data()) + row * shape_.hidden_size; }
+  float* projected(size_t row) const { return reinterpret_cast<float*>(projected_.data()) + row * heads_.columns(); }
 
   const SliceShape shape_;
   const Heads heads_;
-  Arena weights_;
-  std::vector<Layer> layers_;
-  std::unique_ptr<Matrix> head_;
-  float* final_norm_ = nullptr;
-  uint16_t* embedding_ = nullptr;
-  Buffer angles_;
   Cache cache_;
-
   Activation normed_, attended_, activated_;
-  Buffer hidden_, projected_;
+  Buffer hidden_, projected_;  // float32 rows: the residual stream; queries, keys and values
   std::vector<std::unique_ptr<Worker>> workers_;
   StepArrays step_ = {};
   std::vector<AttentionTask> attention_tasks_;

@@ -15,7 +15,7 @@
 
 namespace manta {
 
-constexpr int kSpinsBetweenPhases = 4000;  // about 100 us: longer than a phase's tail, shorter than a time slice
+constexpr int kSpinsBetweenPhases = 600;  // about 40 us, beyond a chunk of a small step; then the core goes to others
 constexpr int kSpinsBetweenSteps = 400;
 
 struct alignas(64) Counter {
@@ -34,7 +34,8 @@ inline void wait_while(const std::atomic<int>& value, int unwanted, int num_spin
 class Member {
  public:
   // `counters` holds for each phase how many chunks are done, then how many of each member's are taken.
-  Member(Counter* counters, int index, int num_members) : index(index), counters_(counters), num_members_(num_members) {}
+  Member(Counter* counters, int index, int num_members)
+      : index(index), num_members(num_members), counters_(counters) {}
 
   // Calls work(chunk) for those of 0 .. num_chunks that no other member takes, its own contiguous part first; returns
   // when all are done.
@@ -42,10 +43,10 @@ class Member {
   void share(int num_chunks, const Work& work) {
     if (num_chunks <= 0) return;
     std::atomic<int>& done = counters_->value;
-    for (int offset = 0; offset < num_members_; ++offset) {
-      const int owner = (index + offset) % num_members_;
-      const int start = static_cast<int>(int64_t{num_chunks} * owner / num_members_);
-      const int size = static_cast<int>(int64_t{num_chunks} * (owner + 1) / num_members_) - start;
+    for (int offset = 0; offset < num_members; ++offset) {
+      const int owner = (index + offset) % num_members;
+      const int start = static_cast<int>(int64_t{num_chunks} * owner / num_members);
+      const int size = static_cast<int>(int64_t{num_chunks} * (owner + 1) / num_members) - start;
       std::atomic<int>& taken = counters_[1 + owner].value;
       if (taken.load(std::memory_order_relaxed) >= size) continue;
       for (int chunk; (chunk = taken.fetch_add(1, std::memory_order_relaxed)) < size;) {
@@ -53,21 +54,24 @@ class Member {
         if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == num_chunks) done.notify_all();
       }
     }
-    for (int now; (now = done.load(std::memory_order_acquire)) != num_chunks;) wait_while(done, now, kSpinsBetweenPhases);
-    counters_ += 1 + num_members_;
+    for (int now; (now = done.load(std::memory_order_acquire)) != num_chunks;)
+      wait_while(done, now, kSpinsBetweenPhases);
+    counters_ += 1 + num_members;
   }
 
   const int index;
+  const int num_members;
 
  private:
   Counter* counters_;
-  const int num_members_;
 };
 
 class Team {
  public:
   Team(int num_threads, int max_phases)
-      : num_members_(num_threads), num_counters_(max_phases * (num_threads + 1)), counters_(new Counter[num_counters_]) {
+      : num_members_(num_threads),
+        num_counters_(max_phases * (num_threads + 1)),
+        counters_(new Counter[num_counters_]) {
     for (int index = 1; index < num_threads; ++index) threads_.emplace_back([this, index] { serve(index); });
   }
 
@@ -86,7 +90,8 @@ class Team {
   // Runs program(member) on the caller's thread and on every other that comes in time; settle() must come before.
   void run(std::function<void(Member&)> program) {
     program_ = std::move(program);
-    for (int counter = 0; counter < num_counters_; ++counter) counters_[counter].value.store(0, std::memory_order_relaxed);
+    for (int counter = 0; counter < num_counters_; ++counter)
+      counters_[counter].value.store(0, std::memory_order_relaxed);
     gate_.fetch_add(1);  // odd: open
     gate_.notify_all();
     Member member(counters_.get(), 0, num_members_);

@@ -42,7 +42,8 @@ inline __m512 reciprocal_of(__m512 x) {
 
 // x / (1 + e^-x)
 inline __m512 silu_of(__m512 x) {
-  const __m512 power = exp2_of(_mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.4426950408889634f)), _mm512_set1_ps(127.0f)));
+  const __m512 exponent = _mm512_mul_ps(x, _mm512_set1_ps(-1.4426950408889634f));
+  const __m512 power = exp2_of(_mm512_min_ps(exponent, _mm512_set1_ps(127.0f)));
   return _mm512_mul_ps(x, reciprocal_of(_mm512_add_ps(power, _mm512_set1_ps(1.0f))));
 }
 

@@ -1,0 +1,77 @@
+// The left side of a product: rows of activations, rounded and tiled as the registers load them.
+//
+// In bfloat16, or for integer products as 15 bits per row in two int8 digits (128 * high + low), so that only the
+// weights' rounding costs accuracy and sums are exact.
+#pragma once
+#include <algorithm>
+
+#include "arena.h"
+#include "vectors.h"
+
+namespace manta {
+
+class Activation {
+ public:
+  Activation(int width, bool integer)
+      : integer(integer), width(width), num_steps(divide_up(width, integer ? 64 : 32)) {}
+
+  void reserve(int num_rows) {
+    const int blocks = divide_up(num_rows, kLane);
+    tiles_.resize(static_cast<size_t>(blocks) * block_bytes());
+    if (!integer) return;
+    scales_.resize(static_cast<size_t>(blocks) * kLane * sizeof(float));
+    staging_.resize(static_cast<size_t>(blocks) * kLane * width * sizeof(float));
+  }
+
+  // Tiles of 16 rows: bfloat16, or the high digits followed by the low ones.
+  const char* block(int index) const { return tiles_.data() + index * block_bytes(); }
+  const char* low_digits(int index) const { return block(index) + num_steps * kTileBytes; }
+  float scale(int row) const { return reinterpret_cast<const float*>(scales_.data())[row]; }
+
+  // Sixteen values of a row from `column` (a multiple of 16).
+  void store(int row, int column, __m512 values) {
+    if (integer) {
+      _mm512_storeu_ps(staging(row) + column, values);
+    } else {
+      char* at = tile_row(row, column / 32) + column % 32 * 2;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), to_bf16(values));
+    }
+  }
+
+  // Rounds a stored row to its two digits; nothing to do in bfloat16.
+  void seal(int row) {
+    if (!integer) return;
+    const float* source = staging(row);
+    __m512 largest = _mm512_setzero_ps();
+    for (int k = 0; k < width; k += kLane)
+      largest = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(source + k)), largest);
+    const float top = _mm512_reduce_max_ps(largest);
+    reinterpret_cast<float*>(scales_.data())[row] = top / kLargest;
+    const __m512 inverse = _mm512_set1_ps(top > 0 ? kLargest / top : 0.0f);
+    for (int k = 0; k < width; k += kLane) {
+      const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(source + k), inverse));
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(64)), 7);
+      const __m512i low = _mm512_sub_epi32(value, _mm512_slli_epi32(high, 7));
+      char* at = tile_row(row, k / 64) + k % 64;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(high));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at + num_steps * kTileBytes), _mm512_cvtepi32_epi8(low));
+    }
+  }
+
+  const bool integer;
+  const int width;
+  const int num_steps;
+
+ private:
+  static constexpr float kLargest = 127 * 128;
+
+  size_t block_bytes() const { return static_cast<size_t>(num_steps) * kTileBytes * (integer ? 2 : 1); }
+  char* tile_row(int row, int step) {
+    return tiles_.data() + row / kLane * block_bytes() + step * kTileBytes + row % kLane * 64;
+  }
+  float* staging(int row) { return reinterpret_cast<float*>(staging_.data()) + static_cast<size_t>(row) * width; }
+
+  Buffer tiles_, scales_, staging_;
+};
+
+}  // namespace manta
