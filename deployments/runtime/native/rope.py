@@ -36,11 +36,11 @@ def _frequencies(rope: dict[str, Any], head_dim: int) -> tuple[torch.Tensor, flo
 
 def _llama3(rope: dict[str, Any], frequencies: torch.Tensor) -> torch.Tensor:
     """Long waves are stretched by ``factor``, short ones are kept, those between are mixed."""
-    context = rope["original_max_position_embeddings"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    context, factor = float(rope["original_max_position_embeddings"]), float(rope["factor"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     turns = context * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * (kept + (1.0 - kept) / rope["factor"])
+    return frequencies * (kept + (1.0 - kept) / factor)
 
 
 def _yarn(rope: dict[str, Any], frequencies: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -58,7 +58,7 @@ def _yarn(rope: dict[str, Any], frequencies: torch.Tensor, head_dim: int) -> tor
     if low == high:
         high += 0.001
     stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * (1.0 - stretched) + frequencies / rope["factor"] * stretched
+    return frequencies * (1.0 - stretched) + frequencies / float(rope["factor"]) * stretched
 
 
 def _yarn_attention_factor(rope: dict[str, Any]) -> float:
