@@ -6,11 +6,11 @@ ends itself.
 """
 
 import ctypes.util
+import hashlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -51,7 +51,7 @@ class VllmActor:
             registry = Registry(self._args.storage)
             name = self._args.registry_name or self._args.model
             directory = materialize(registry, registry.get(name, self._args.version))
-            self._process = VllmProcess(self._args, directory)
+            self._process = VllmProcess(self._args, directory, code_folder(registry.cache))
         load_s = time.monotonic() - begin
         address, secret = self._process.listen(ray.util.get_node_ip_address())
         return StageAddress(
@@ -70,18 +70,16 @@ class VllmActor:
 class VllmProcess:
     """One run of :mod:`deployments.stage.vllm_process`, ready when made; it ends with this process."""
 
-    def __init__(self, args: ModelAppArgs, directory: Path) -> None:
+    def __init__(self, args: ModelAppArgs, directory: Path, code: Path) -> None:
+        """``directory`` has the model's files, ``code`` the package; RuntimeError when vLLM does not start."""
         assert args.vllm is not None, "only a model with engine vllm has this stage; this is a bug"
         self._python = args.vllm.python
         self._last_lines: deque[str] = deque(maxlen=_TOLD_LINES)
-        code = tempfile.mkdtemp(prefix="manta-vllm-")
-        # Only this package: the rest of our environment must not come before vLLM's own.
-        os.symlink(Path(deployments.__file__).parent, Path(code) / "deployments")
         try:
             self._process = subprocess.Popen(  # noqa: S603 - the interpreter that the config names
                 [self._python, "-m", "deployments.stage.vllm_process"],
                 cwd=code,
-                env=environment(os.environ, args, code),
+                env=environment(os.environ, args, str(code)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -145,6 +143,19 @@ class VllmProcess:
         """Forget every sequence and listen on ``host`` for the replica; returns the address and its secret."""
         answer = self._ask(host)
         return answer["address"], bytes.fromhex(answer["secret"])
+
+
+def code_folder(cache: Path) -> Path:
+    """A folder in ``cache`` that has the package ``deployments`` of this process, and nothing else to import.
+
+    The rest of our environment must not come before vLLM's own. The folder stays, one for each package.
+    """
+    package = Path(deployments.__file__).parent
+    folder = cache / "vllm" / hashlib.sha256(str(package).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        (folder / "deployments").symlink_to(package)
+    return folder
 
 
 def settings_of(args: ModelAppArgs, directory: Path) -> dict[str, object]:

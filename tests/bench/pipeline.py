@@ -1,7 +1,7 @@
 """``python -m tests.bench pipeline``: two stages of one thread beside one stage of two threads, in process.
 
-Per stage it prints which part of the time it computed, sent its result on, or waited: for activations and for steps
-together, which is the pipeline's bubble while there is always something to compute.
+Per stage it prints which part of the time it computed and waited, which part of it was bubble (waiting while the
+pipeline had work under way), and how long it took to send its results on, which runs beside the next step.
 """
 
 import argparse

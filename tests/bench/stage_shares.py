@@ -21,7 +21,11 @@ def read_stage_totals(text: str) -> StageTotals:
 
 
 def stage_shares(samples: Sequence[tuple[float, StageTotals]], start_s: float, stop_s: float) -> StageTotals:
-    """How each stage spent the window, as parts of 1 by kind (``compute`` ..); ValueError without samples."""
+    """How each stage spent the window, as parts of 1 by kind; ValueError without samples.
+
+    Computing and waiting are the whole. ``bubble`` is the part of the waiting while the pipeline had work under way,
+    and ``transfer`` runs beside the next step.
+    """
     within = [totals for at, totals in samples if start_s <= at < stop_s]
     if len(within) < 2:
         raise ValueError(f"{len(within)} samples lie in the window; it must be longer")
@@ -30,6 +34,6 @@ def stage_shares(samples: Sequence[tuple[float, StageTotals]], start_s: float, s
     for stage, totals in last.items():
         used = {kind: value - first.get(stage, {}).get(kind, 0.0) for kind, value in totals.items()}
         seconds = {kind.removesuffix("_seconds"): value for kind, value in used.items() if kind.endswith("_seconds")}
-        whole = sum(seconds.values())
+        whole = seconds.get("compute", 0.0) + seconds.get("wait", 0.0)
         shares[stage] = {kind: value / whole for kind, value in seconds.items()} if whole else {}
     return shares

@@ -173,15 +173,16 @@ def test_the_report_says_which_goals_are_met():
     assert ">= 3.5x" in lines[2]
 
 
-def test_stage_shares_are_of_the_window_and_sum_to_one():
+def test_computing_and_waiting_are_the_whole_of_a_stages_window():
     page = """# HELP ray_manta_stage_compute_seconds_total x
 ray_manta_stage_compute_seconds_total{Component="c",model="m",stage="0",version="v1"} %s
 ray_manta_stage_wait_seconds_total{stage="0"} %s
+ray_manta_stage_bubble_seconds_total{stage="0"} %s
 ray_manta_stage_steps_total{stage="0"} 7.0
 ray_manta_steps_total{model="m"} 9.0
 """
-    samples = [(float(at), read_stage_totals(page % (3 * at, at))) for at in range(10)]
-    assert samples[1][1] == {0: {"compute_seconds": 3.0, "wait_seconds": 1.0, "steps": 7.0}}
-    assert stage_shares(samples, 2.0, 9.0) == {0: {"compute": 0.75, "wait": 0.25}}
+    samples = [(float(at), read_stage_totals(page % (3 * at, at, at / 2))) for at in range(10)]
+    assert samples[1][1] == {0: {"compute_seconds": 3.0, "wait_seconds": 1.0, "bubble_seconds": 0.5, "steps": 7.0}}
+    assert stage_shares(samples, 2.0, 9.0) == {0: {"compute": 0.75, "wait": 0.25, "bubble": 0.125}}
     with pytest.raises(ValueError, match="longer"):
         stage_shares(samples, 2.0, 2.5)

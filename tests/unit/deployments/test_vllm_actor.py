@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.plan.build import build_plan
-from deployments.stage.vllm_actor import VllmProcess, environment, preloads, settings_of
+from deployments.stage.vllm_actor import VllmProcess, code_folder, environment, preloads, settings_of
 from tests.unit.cluster.plan_examples import SMOLLM2, config, known
 
 DIRECTORY = Path("/models/tiny")
@@ -39,7 +39,7 @@ def test_a_process_is_told_its_settings_then_asked_to_listen(tmp_path):
         f'read -r line; echo "$line" > {tmp_path}/settings; echo \'{{"ready": true}}\'\n'
         'while read -r host; do echo "{\\"address\\": \\"$host:7\\", \\"secret\\": \\"ab01\\"}"; done',
     )
-    process = VllmProcess(args_for(python), DIRECTORY)
+    process = VllmProcess(args_for(python), DIRECTORY, tmp_path)
     assert json.loads((tmp_path / "settings").read_text())["directory"] == "/models/tiny"
     assert process.listen("127.0.0.1") == ("127.0.0.1:7", b"\xab\x01")
     assert process.listen("127.0.0.2") == ("127.0.0.2:7", b"\xab\x01")
@@ -51,12 +51,12 @@ def test_a_process_is_told_its_settings_then_asked_to_listen(tmp_path):
 def test_the_last_words_of_a_process_that_dies_are_in_the_error(tmp_path):
     python = interpreter(tmp_path / "python", "read -r line; echo 'no module named vllm' >&2; exit 3")
     with pytest.raises(RuntimeError, match=r"status 3[\s\S]*no module named vllm"):
-        VllmProcess(args_for(python), DIRECTORY)
+        VllmProcess(args_for(python), DIRECTORY, tmp_path)
 
 
 def test_a_missing_python_is_named_with_what_to_do(tmp_path):
     with pytest.raises(RuntimeError, match=r"engine\.python: .*/nowhere/python .*on every node"):
-        VllmProcess(args_for("/nowhere/python"), DIRECTORY)
+        VllmProcess(args_for("/nowhere/python"), DIRECTORY, tmp_path)
 
 
 def test_only_the_package_comes_before_the_environments_own_and_threads_are_the_plans(tmp_path):
@@ -75,3 +75,11 @@ def test_nothing_is_preloaded_unless_every_library_is_there(tmp_path, monkeypatc
     assert preloads(python) == ["libtcmalloc_minimal.so.4", str(tmp_path / "lib" / "libiomp5.so")]
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
     assert preloads(python) == []
+
+
+def test_the_folder_with_the_package_is_made_once_and_has_nothing_else(tmp_path):
+    folder = code_folder(tmp_path)
+    assert code_folder(tmp_path) == folder
+    assert [each.name for each in folder.iterdir()] == ["deployments"]
+    assert (folder / "deployments" / "messages.py").exists()
+    assert len(list((tmp_path / "vllm").iterdir())) == 1
