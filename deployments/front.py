@@ -53,7 +53,7 @@ class Front:
         if self._shared is not None:
             return
         self._shared = await asyncio.to_thread(open_shared, host, port, owner)
-        await self._server.start(self._shared.listening)
+        self._server.start(self._shared.listening)
         asyncio.get_running_loop().add_reader(self._shared.hand_over, self._shared.give)
 
     async def pulse(self) -> int:

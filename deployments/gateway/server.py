@@ -12,9 +12,9 @@ from email.utils import formatdate
 import uvicorn
 from starlette.types import ASGIApp
 
+from deployments.gateway.accepting import Acceptor
 from deployments.gateway.closing import Closing
 from deployments.gateway.protocol import ConnectionState, LimitedProtocol
-from deployments.gateway.sharing import BACKLOG
 
 KEEP_ALIVE_S = 75
 """Longer than load balancers keep an idle connection (60 s), so that it is they who close."""
@@ -41,7 +41,7 @@ class HttpServer:
         )
         self._closing = closing
         self._state = ConnectionState()
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
         self._clock: asyncio.TimerHandle | None = None
 
     @property
@@ -49,12 +49,11 @@ class HttpServer:
         """Connections that are open now."""
         return len(self._state.connections)
 
-    async def start(self, listening: socket.socket) -> None:
+    def start(self, listening: socket.socket) -> None:
         """Accept from ``listening``, which is closed with the server."""
         self._config.load()
         self._tell_time()
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._protocol, sock=listening, backlog=BACKLOG)
+        self._acceptor = Acceptor(listening, self._protocol)
 
     def _protocol(self) -> LimitedProtocol:
         return LimitedProtocol(config=self._config, server_state=self._state, app_state={})
@@ -66,10 +65,10 @@ class HttpServer:
 
     async def drain(self, patience_s: float) -> None:
         """Accept no more, let requests under way end within ``patience_s``, cut what is left then."""
-        if self._server is None:
+        if self._acceptor is None:
             return
         self._closing.begin(patience_s)
-        self._server.close()
+        await self._acceptor.stop()
         for connection in tuple(self._state.connections):
             connection.begin_closing()  # type: ignore[union-attr]
         try:
@@ -90,8 +89,8 @@ class HttpServer:
         """Break off everything."""
         if self._clock is not None:
             self._clock.cancel()
-        if self._server is not None:
-            self._server.close()
+        if self._acceptor is not None:
+            await self._acceptor.stop()
         for connection in tuple(self._state.connections):
             connection.transport.abort()
         if self._state.tasks:

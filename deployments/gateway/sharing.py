@@ -20,7 +20,7 @@ from pathlib import Path
 from cluster.control.ports import listening_error
 from cluster.errors import ControlError
 
-BACKLOG = 2048
+_BACKLOG = 2048
 
 _TAKEN_AFTER_S = 2.0
 """Longer than a process needs from binding to handing over, so that two that start together do not quarrel."""
@@ -98,7 +98,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen(BACKLOG)
+        listening.listen(_BACKLOG)
         listening.setblocking(False)
     except BaseException:
         listening.close()

@@ -30,7 +30,7 @@ async def serving(
     listening = listen() if listening is None else listening
     host, port = listening.getsockname()
     server = HttpServer(app, Closing() if closing is None else closing)
-    await server.start(listening)
+    server.start(listening)
     try:
         yield host, port
     finally:

@@ -133,7 +133,7 @@ async def test_draining_ends_streams_in_good_order_and_keeps_connections_usable_
     http = HttpServer(app, closing)
     listening = listen()
     address = listening.getsockname()
-    await http.start(listening)
+    http.start(listening)
     streaming, stream_writer = await asyncio.open_connection(*address)
     stream_writer.write(post(BODY | {"stream": True, "seed": 1}))
     await read_response_head(streaming)
@@ -164,7 +164,7 @@ async def test_what_is_not_done_when_the_drain_timeout_ends_ends_with_an_error(s
     http = HttpServer(create_app(backend, closing=closing), closing)
     listening = listen()
     address = listening.getsockname()
-    await http.start(listening)
+    http.start(listening)
     reader, writer = await asyncio.open_connection(*address)
     writer.write(post(BODY | {"stream": stream}))
     await backend.wait_for(lambda: backend.num_open == 1)
@@ -184,7 +184,7 @@ async def test_idle_connections_are_closed_soon_when_the_process_stops(monkeypat
     http = HttpServer(create_app(FakeBackend(), closing=closing), closing)
     listening = listen()
     address = listening.getsockname()
-    await http.start(listening)
+    http.start(listening)
     used, used_writer = await asyncio.open_connection(*address)
     used_writer.write(post(BODY))
     await answer(used)
@@ -224,7 +224,7 @@ async def test_a_new_gateway_takes_over_and_no_connection_is_refused_or_reset() 
         closing = Closing()
         shared = await asyncio.to_thread(open_shared, "127.0.0.1", port, "test")
         http = serve_shared(shared, create_app(FakeBackend(), closing=closing), closing)
-        await http.start(shared.listening)
+        http.start(shared.listening)
         return shared, http
 
     current = await start()
@@ -234,6 +234,7 @@ async def test_a_new_gateway_takes_over_and_no_connection_is_refused_or_reset() 
         await leave(*current)
         current, enough = new, len(statuses) + 8
         while len(statuses) < enough:
+            assert not any(client.done() for client in clients)
             await asyncio.sleep(0)
     done = True
     await asyncio.gather(*clients)
