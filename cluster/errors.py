@@ -7,6 +7,7 @@
       RegistryError             exit status 1   a version, alias or file in the registry is missing or damaged
         AliasConflict           exit status 1   an alias moved between read and write
       SourceError               exit status 1   a model source cannot be fetched, or is refused
+      DataError                 exit status 1   prepared data is missing or damaged, or its inputs cannot be used
       ControlError              exit status 1   Ray, Serve or a process did not do what was asked
 
 A message names the place, the value, the limit and the remedy. All of them pickle.
@@ -85,6 +86,10 @@ class AliasConflict(RegistryError):
 
 class SourceError(MantaError):
     """A model source could not be fetched, or is refused (a pickle file, a wrong digest)."""
+
+
+class DataError(MantaError):
+    """Inputs of a data preparation cannot be used, or prepared data is missing, damaged or does not fit a model."""
 
 
 class ControlError(MantaError):
