@@ -54,6 +54,7 @@ class ReplicaPool:
         self._unused = asyncio.Event()
         self._retired = False
         self._is_outage_told = False
+        self._is_closed = False
         self._search: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._refresh_forever())
 
@@ -162,7 +163,8 @@ class ReplicaPool:
 
     async def _refresh_forever(self) -> None:
         pause_s = REFRESH_S
-        while True:
+        while not self._is_closed:
+            self._changed.clear()
             try:
                 changed = await self.refresh()
                 pause_s = next_pause_s(pause_s, changed=changed, loads=self.loads)
@@ -170,7 +172,6 @@ class ReplicaPool:
             except Exception as error:
                 pause_s = min(2 * pause_s, _MAX_BACK_OFF_S)
                 self._tell_outage(error)
-            self._changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(_HAND_OVER_S if self._is_handing_over else pause_s):
                     await self._changed.wait()
@@ -192,6 +193,10 @@ class ReplicaPool:
 
     async def close(self) -> None:
         """Stop looking for replicas and close every connection."""
+        # Being cancelled may be lost in a search: asyncio.wait_for, which Serve's handle uses, drops it before
+        # Python 3.12 where the answer comes at the same moment (python/cpython#86296).
+        self._is_closed = True
+        self._changed.set()
         tasks = [task for task in (self._task, self._search) if task is not None]
         for task in tasks:
             task.cancel()

@@ -129,6 +129,25 @@ async def test_those_who_wait_for_a_replica_search_together_and_survive_failures
     await cluster.stop()
 
 
+async def test_a_pool_closes_also_when_its_search_takes_no_cancellation() -> None:
+    searching = asyncio.Event()
+
+    async def discover() -> list[ReplicaEndpoint]:
+        searching.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ConnectionError("the answer that came at the same moment") from None
+        return []
+
+    async def wake() -> ReplicaEndpoint:
+        raise ConnectionError("the control plane is away")
+
+    pool = ReplicaPool("m-v1", discover, wake)
+    await searching.wait()
+    await asyncio.wait_for(pool.close(), 5)
+
+
 async def test_a_replica_that_cannot_be_reached_is_not_asked_for_in_a_tight_loop() -> None:
     num_calls = 0
 
