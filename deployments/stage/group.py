@@ -40,7 +40,8 @@ class StageGroup:
         self._replica_id = replica_id
         self._actors: list[Any] = []
         self._addresses: list[StageAddress] = []
-        self._prepared: dict[int, Any] = {}  # loaded on other nodes, to take over at the next repair
+        # loaded on other nodes, to take over at the next repair
+        self._prepared: dict[int, tuple[Any, StageAddress]] = {}
         self._outside: dict[
             int, frozenset[str]
         ] = {}  # stages that left the placement group, and the nodes they avoid
@@ -76,12 +77,12 @@ class StageGroup:
                 actor = self._place(index)
                 try:
                     async with asyncio.timeout(_MOVE_TIMEOUT_S):
-                        await actor.start.remote()
+                        address: StageAddress = await actor.start.remote()
                 except BaseException:
                     ray.kill(actor)
                     del self._outside[index]
                     raise
-                self._prepared[index] = actor
+                self._prepared[index] = actor, address
         return sorted(self._prepared)
 
     def _apart(self, index: int) -> frozenset[str]:
@@ -121,7 +122,8 @@ class StageGroup:
         prepared = self._prepared.pop(index, None)
         if prepared is not None:
             self._end(index)
-            self._actors[index] = prepared
+            # known at once: while others are still repaired, this stage is not to be moved a second time
+            self._actors[index], self._addresses[index] = prepared
         reason = None if prepared is not None else "it is suspect" if is_suspect else self._why_dead(index)
         if reason is None:
             try:
@@ -181,7 +183,7 @@ class StageGroup:
 
     def kill(self) -> None:
         """End every stage's process; those already dead are fine."""
-        for actor in (*self._actors, *self._prepared.values()):
+        for actor in (*self._actors, *(actor for actor, _ in self._prepared.values())):
             ray.kill(actor)
 
     def _place(self, index: int) -> Any:
