@@ -1,0 +1,65 @@
+"""What passes between the trainer and its surroundings: hooks it calls, and the result it returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from train_jobs.trainer.meters import StepReport
+
+StopRequest = Literal["no", "checkpoint_and_stop"]
+
+
+class Hooks(Protocol):
+    """What the trainer tells its surroundings, and asks of them. Called on every worker, on the training thread."""
+
+    def on_step(self, report: StepReport) -> None:
+        """A step is done."""
+
+    def on_checkpoint(self, path: Path) -> None:
+        """A checkpoint is committed; all workers are told after the same step."""
+
+    def should_stop(self) -> StopRequest:
+        """Asked once a step; one worker that wants to stop stops all, after the same step."""
+
+    def heartbeat(self, step: int) -> None:
+        """0-based step ``step`` begins."""
+
+
+class NoHooks:
+    """Nobody listens, and nobody stops the run."""
+
+    def on_step(self, report: StepReport) -> None:
+        """Nothing happens."""
+
+    def on_checkpoint(self, path: Path) -> None:
+        """Nothing happens."""
+
+    def should_stop(self) -> StopRequest:
+        """Never."""
+        return "no"
+
+    def heartbeat(self, step: int) -> None:
+        """Nothing happens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What an attempt leaves."""
+
+    outcome: Literal["finished", "stopped"]
+    step: int
+    """Steps done, those of earlier attempts included."""
+    num_steps: int
+    resumed_from: int | None
+    """Steps that were done when this attempt began; None when it began anew."""
+    damaged: tuple[str, ...]
+    """What was wrong with checkpoints newer than the one that was resumed from."""
+    loss: float | None
+    """Of the last step of this attempt; None when it had nothing left to do."""
+    checkpoint: Path
+    """After ``step`` steps."""
+    best_checkpoint: Path | None
+    """The one with the best metric of all, if it is kept."""
+    metrics: Mapping[str, Any]
+    """Of the evaluation after ``step`` steps; empty where there was none."""
