@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
@@ -116,7 +115,7 @@ class Pipelined:
         micro_batch = self._micro_batch(rows_B)
         with self._forward.precision():
             parts: LossParts = self._task.pipeline_loss(output, micro_batch)
-        self._losses.add(parts)
+        self._losses.add(micro_batch, parts)  # the first one may come twice: torch runs it before for its shapes
         return parts.sum
 
 
@@ -132,8 +131,7 @@ class _Stage(nn.Module):
 
     def forward(self, x: torch.Tensor, *, rows_B: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """``rows_B`` are the micro-batch's rows in the worker's share."""
-        if not (x.is_meta or isinstance(x, FakeTensor)):  # torch asks for shapes before the first step
-            self._forward.seed(self._find(rows_B), stage=self.number)
+        self._forward.seed(self._find(rows_B), stage=self.number)
         with self._forward.precision():
             output: torch.Tensor = self.part(x, **inputs)
         return output

@@ -35,7 +35,7 @@ class Replicated:
             if self._sum is not None and number == len(micro_batches):
                 self._sum.arm()
             parts.sum.backward()  # type: ignore[no-untyped-call]
-            losses.add(parts)
+            losses.add(micro_batch, parts)
         if self._sum is not None:
             self._sum.finish()
         return losses.totals()

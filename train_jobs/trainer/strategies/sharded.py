@@ -47,7 +47,7 @@ class Sharded:
             self._cut[0].set_requires_all_reduce(number == len(micro_batches))
             parts = self._forward(self._model, micro_batch)
             parts.sum.backward()  # type: ignore[no-untyped-call]
-            losses.add(parts)
+            losses.add(micro_batch, parts)
         return losses.totals()
 
     def sum_squares(self, squares: torch.Tensor) -> torch.Tensor:

@@ -75,20 +75,18 @@ class LossSum:
     """Adds up losses of micro-batches on their device; one transfer to the host at the end."""
 
     def __init__(self) -> None:
-        self._sums: list[torch.Tensor] = []
-        self._counts: list[torch.Tensor] = []
+        self._parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def add(self, parts: LossParts) -> None:
-        """Count in one micro-batch."""
-        self._sums.append(parts.sum.detach())
-        self._counts.append(parts.count.detach())
+    def add(self, micro_batch: MicroBatch, parts: LossParts) -> None:
+        """Count in one micro-batch; a second loss of the same one replaces the first."""
+        self._parts[micro_batch.number] = (parts.sum.detach(), parts.count.detach())
 
     def totals(self) -> tuple[float, float]:
         """Sum of losses and number of targets, added in float64."""
-        if not self._sums:
+        if not self._parts:
             return 0.0, 0.0
-        sums, counts = torch.stack(self._sums).double().sum(), torch.stack(self._counts).double().sum()
-        return float(sums), float(counts)
+        sums, counts = zip(*self._parts.values(), strict=True)
+        return float(torch.stack(sums).double().sum()), float(torch.stack(counts).double().sum())
 
 
 @contextmanager

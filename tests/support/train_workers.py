@@ -1,0 +1,107 @@
+"""Training attempts in spawned processes that talk gloo on the loopback: cases in, what each worker saw out."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.support.tiny_task import TinyShards, TinyTask
+from train_jobs.trainer.errors import TrainingError
+from train_jobs.trainer.hooks import NoHooks, StopRequest, TrainResult
+from train_jobs.trainer.loop import Trainer
+from train_jobs.trainer.meters import StepReport
+from train_jobs.trainer.spec import TrainSpec
+from train_jobs.trainer.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One attempt; ``kill_at`` kills the last worker with SIGKILL when that step begins, ``stop_at`` asks to stop there."""
+
+    spec: TrainSpec
+    run_dir: Path
+    dropout: float = 0.0
+    kill_at: int | None = None
+    stop_at: int | None = None
+
+
+@dataclass
+class Seen(NoHooks):
+    """What one worker saw of one attempt."""
+
+    case: Case
+    rank: int = 0
+    last_rank: int = 0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    checkpoints: list[str] = field(default_factory=list)
+    sequence_ids: dict[int, list[int]] = field(default_factory=dict)
+    result: TrainResult | None = None
+    error: str | None = None
+    step: int = 0
+
+    def on_step(self, report: StepReport) -> None:
+        self.losses.append(report.loss)
+        self.norms.append(report.grad_norm)
+
+    def on_checkpoint(self, path: Path) -> None:
+        self.checkpoints.append(path.name)
+
+    def heartbeat(self, step: int) -> None:
+        self.step = step
+        if step == self.case.kill_at and self.rank == self.last_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def should_stop(self) -> StopRequest:
+        wants = self.step == self.case.stop_at and self.rank == self.last_rank
+        return "checkpoint_and_stop" if wants else "no"
+
+
+def run_cases(num_workers: int, folder: Path, cases: list[Case]) -> list[list[Seen]]:
+    """Each case in turn on the same workers; returns by worker, by case. A worker that was killed has seen nothing."""
+    folder.mkdir(parents=True)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_work, args=(rank, num_workers, folder, cases)) for rank in range(num_workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    paths = [folder / f"worker-{rank}" for rank in range(num_workers)]
+    return [pickle.loads(path.read_bytes()) if path.exists() else [] for path in paths]
+
+
+def _work(rank: int, num_workers: int, folder: Path, cases: list[Case]) -> None:
+    torch.set_num_threads(1)
+    if num_workers > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        store = dist.FileStore(str(folder / "store"), num_workers)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_workers)
+    seen = [_attempt(case, rank, num_workers) for case in cases]
+    (folder / f"worker-{rank}").write_bytes(pickle.dumps(seen))
+    if num_workers > 1:
+        dist.destroy_process_group()
+
+
+def _attempt(case: Case, rank: int, num_workers: int) -> Seen:
+    seen = Seen(case, rank=rank, last_rank=num_workers - 1)
+    task = TinyTask(dropout=case.dropout)
+    trainer = Trainer(
+        spec=case.spec,
+        task=task,
+        shards=TinyShards(),
+        evaluation_data=TinyShards(8, seed=1),
+        run_dir=case.run_dir,
+        world=World.current(),
+        hooks=seen,
+    )
+    try:
+        seen.result = trainer.run()
+    except (TrainingError, RuntimeError) as error:  # gloo tells of a lost worker with a RuntimeError
+        seen.error = f"{type(error).__name__}: {error}"
+    seen.sequence_ids = task.seen
+    return seen

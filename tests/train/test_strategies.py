@@ -1,0 +1,43 @@
+"""Every strategy at two workers trains as one process does: the same losses, step by step, in float32."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_task import tiny_spec
+from tests.support.train_workers import Case, run_cases
+from train_jobs.trainer.spec import Ddp, DurationSpec, Fsdp, Hsdp, Pipeline, Single, StrategySpec
+
+STRATEGIES: dict[str, StrategySpec] = {
+    "ddp": Ddp(),
+    "fsdp": Fsdp(),
+    "hsdp-1": Hsdp(shard_workers=1),
+    "hsdp-2": Hsdp(shard_workers=2),
+    "1f1b": Pipeline(schedule="1f1b", data_parallel=1, stages_per_worker=1),
+    "interleaved": Pipeline(schedule="interleaved", data_parallel=1, stages_per_worker=2),
+}
+LIMITS = {"ddp": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """50 steps each, by strategy; all strategies at two workers run in one pair of processes."""
+    folder = tmp_path_factory.mktemp("strategies")
+    duration = DurationSpec(kind="steps", amount=50)
+
+    def case(name: str, strategy: StrategySpec) -> Case:
+        return Case(spec=tiny_spec(strategy=strategy, duration=duration), run_dir=folder / name)
+
+    [[alone]] = run_cases(1, folder / "one", [case("single", Single())])
+    together = run_cases(2, folder / "two", [case(name, strategy) for name, strategy in STRATEGIES.items()])
+    assert [one.error for worker in together for one in worker] == [None] * (2 * len(STRATEGIES))
+    return {"single": alone.losses} | {
+        name: one.losses for name, one in zip(STRATEGIES, together[0], strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_losses_equal_those_of_one_process(losses: dict[str, list[float]], name: str) -> None:
+    assert len(losses[name]) == 50
+    assert losses["single"][-1] < 0.7 * losses["single"][0]
+    assert losses[name] == pytest.approx(losses["single"], rel=LIMITS.get(name, 1e-5), abs=0)
