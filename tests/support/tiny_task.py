@@ -57,10 +57,10 @@ def tiny_spec(**changes: Any) -> TrainSpec:
 class TinySequences:
     """What the data give per read."""
 
-    token_ids_BS: np.ndarray
-    segments_BS: np.ndarray
-    loss_mask_BS: np.ndarray
-    labels_B: np.ndarray | None = None
+    token_ids_BS: np.ndarray  # noqa: N815
+    segments_BS: np.ndarray  # noqa: N815
+    loss_mask_BS: np.ndarray  # noqa: N815
+    labels_B: np.ndarray | None = None  # noqa: N815
 
 
 class TinyShards:
@@ -149,7 +149,9 @@ class TinyTask:
         """Mean loss."""
         batch = data.read(np.arange(len(data)))
         logits = model(torch.from_numpy(batch.token_ids_BS.astype(np.int64)))
-        parts = _loss(logits, torch.from_numpy(batch.token_ids_BS.astype(np.int64)), torch.from_numpy(batch.loss_mask_BS))
+        parts = _loss(
+            logits, torch.from_numpy(batch.token_ids_BS.astype(np.int64)), torch.from_numpy(batch.loss_mask_BS)
+        )
         return {"loss": float(parts.sum / parts.count)}
 
     def export(self, weights: Mapping[str, torch.Tensor], directory: Path) -> None:

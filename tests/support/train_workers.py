@@ -21,7 +21,7 @@ from train_jobs.trainer.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One attempt; ``kill_at`` kills the last worker with SIGKILL when that step begins, ``stop_at`` asks to stop there."""
+    """One attempt; the last worker gets SIGKILL when step ``kill_at`` begins, or asks to stop in ``stop_at``."""
 
     spec: TrainSpec
     run_dir: Path
@@ -63,7 +63,7 @@ class Seen(NoHooks):
 
 
 def run_cases(num_workers: int, folder: Path, cases: list[Case]) -> list[list[Seen]]:
-    """Each case in turn on the same workers; returns by worker, by case. A worker that was killed has seen nothing."""
+    """Each case in turn on the same workers; returns by worker, by case. A killed worker has seen nothing."""
     folder.mkdir(parents=True)
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_work, args=(rank, num_workers, folder, cases)) for rank in range(num_workers)]

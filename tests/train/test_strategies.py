@@ -1,7 +1,5 @@
 """Every strategy at two workers trains as one process does: the same losses, step by step, in float32."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.support.tiny_task import tiny_spec
@@ -31,13 +29,11 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     [[alone]] = run_cases(1, folder / "one", [case("single", Single())])
     together = run_cases(2, folder / "two", [case(name, strategy) for name, strategy in STRATEGIES.items()])
     assert [one.error for worker in together for one in worker] == [None] * (2 * len(STRATEGIES))
-    return {"single": alone.losses} | {
-        name: one.losses for name, one in zip(STRATEGIES, together[0], strict=True)
-    }
+    return {"single": alone.losses} | {name: one.losses for name, one in zip(STRATEGIES, together[0], strict=True)}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_losses_equal_those_of_one_process(losses: dict[str, list[float]], name: str) -> None:
     assert len(losses[name]) == 50
-    assert losses["single"][-1] < 0.7 * losses["single"][0]
+    assert losses["single"][-1] < 0.8 * losses["single"][0]
     assert losses[name] == pytest.approx(losses["single"], rel=LIMITS.get(name, 1e-5), abs=0)

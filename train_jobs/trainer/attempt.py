@@ -147,7 +147,9 @@ class Attempt:
             sum_squares=self.strategy.sum_squares,
             step=self.progress.step,
         )
-        rate = self.state.optimizers.step(learning_rate_factor(self.spec.schedule, self.progress.step, self.num_steps))
+        rate = self.state.optimizers.step(
+            learning_rate_factor(self.spec.schedule, self.progress.step, self.num_steps)
+        )
         for parameter in parameters:
             parameter.grad = None
         if self.state.average is not None:

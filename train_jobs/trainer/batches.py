@@ -34,7 +34,7 @@ class Readable(Protocol):
 
 
 def num_micro_batches(batch: BatchSpec, num_shares: int) -> int:
-    """Micro-batches per step of each of ``num_shares`` shares; raises PlanError when they would not be equally many."""
+    """Micro-batches per step of each of ``num_shares`` shares; PlanError when they would not be equally many."""
     if batch.micro_sequences < 1 or batch.sequences < 1 or batch.sequences % batch.micro_sequences:
         raise PlanError(
             f"batch.micro_sequences: {batch.sequences} sequences are not a multiple of {batch.micro_sequences}; "
@@ -70,6 +70,7 @@ class Feed:
     def __init__(
         self, sides: Mapping[str, Readable], batch: BatchSpec, share: Share, *, seed: int, device: torch.device
     ) -> None:
+        """``sides`` are read at the same numbers; arrays get the side's name in front, unless it is empty."""
         self._sides = sides
         self._order = Order(len(next(iter(sides.values()))), seed)
         self._batch = batch
@@ -80,7 +81,7 @@ class Feed:
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def take(self, step: int) -> list[MicroBatch]:
-        """This worker's micro-batches of a step; the next step's are begun."""
+        """Micro-batches of a step that belong to this worker; the next step's are begun."""
         due, reading = self._ahead or (None, None)
         if reading is None or due != step:
             reading = self._reader.submit(self._read, step)
@@ -99,9 +100,9 @@ class Feed:
         cursor = step * self._batch.sequences + self._first * size
         ids = self._order.batch(cursor, self._num_micro * size)
         arrays = {
-            prefix + name: torch.from_numpy(array)
-            for prefix, side in self._sides.items()
-            for name, array in _arrays(side.read(ids))
+            f"{side}_{name}" if side else name: torch.from_numpy(array)
+            for side, data in self._sides.items()
+            for name, array in _arrays(data.read(ids))
         }
         return [
             MicroBatch(

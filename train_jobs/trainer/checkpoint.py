@@ -1,7 +1,7 @@
 """Checkpoints of a run: tensors in at a step, a committed directory out some steps later, and back in at the start.
 
-Training stops for as long as it takes to copy the tensors to host memory. Writing, digests, commit and the removal of old
-ones happen on a thread of each worker, with a process group of its own, so that no collective of training is
+Training stops for as long as it takes to copy the tensors to host memory. Writing, digests, commit and the removal
+of old ones happen on a thread of each worker, with a process group of its own, so that no collective of training is
 in its way. One save is under way at a time.
 """
 
@@ -16,9 +16,10 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from train_jobs.trainer import committed
 from train_jobs.trainer.errors import CheckpointError
@@ -146,9 +147,9 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; {needed} bytes are needed")
 
     def _save_tensors(self, directory: Path, staged: dict[str, Any]) -> None:
-        writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
+        writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
         try:
-            dcp.save(staged, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            save_distributed(staged, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"worker {rank}: {_advice(directory, cause)}") from error
@@ -175,7 +176,7 @@ class Checkpoints:
 def _advice(directory: Path, cause: BaseException) -> str:
     """What to tell the user about a failed save."""
     free = shutil.disk_usage(directory.parent).free
-    text = f"{directory}: the checkpoint could not be written: {cause} ({free} bytes are free); the ones before are intact"
+    text = f"{directory}: the checkpoint could not be written: {cause} ({free} bytes free); those before are intact"
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         text += "; free some space, lower checkpoint.keep_last, or move storage, and submit again"
     return text

@@ -1,7 +1,7 @@
 """Checkpoint directories on disk: what was written in, a commit; what is there in, which are whole.
 
-``step-<n>/`` holds torch's files, ``meta.json``, ``digests.json`` over all of them, and ``COMMITTED``, written last, which
-holds the digest of ``digests.json``. A directory without it does not exist for anybody.
+``step-<n>/`` holds torch's files, ``meta.json``, ``digests.json`` over all of them, and ``COMMITTED``, written last,
+which holds the digest of ``digests.json``. A directory without it does not exist for anybody.
 """
 
 import os

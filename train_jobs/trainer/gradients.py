@@ -22,7 +22,7 @@ def finish_gradients(
     sum_squares: Callable[[torch.Tensor], torch.Tensor],
     step: int,
 ) -> float:
-    """Scale gradients in place by ``factor``, clip their global norm to ``clip_norm``; returns the norm before clipping.
+    """Scale gradients in place by ``factor``, clip their global norm to ``clip_norm``; returns the norm before that.
 
     ``sum_squares`` adds a float32 scalar over the workers that hold other parts of the model.
     TrainingError when the norm is not finite.

@@ -1,7 +1,7 @@
 """A training run from its directory: a spec, a task and data in, checkpoints, a log and a result out.
 
-Start: check, find the newest whole checkpoint, build, load. Run: steps (attempt.py). Stop: after the last step, or when a
-hook asks for it, with everything saved. An attempt that dies is continued by the next one.
+Start: check, find the newest whole checkpoint, build, load. Run: steps (attempt.py). Stop: after the last step, or
+when a hook asks for it, with everything saved. An attempt that dies is continued by the next one.
 """
 
 import os
@@ -47,7 +47,7 @@ class Trainer:
         world: World,
         hooks: Hooks,
     ) -> None:
-        """``shards`` are the training data, or several of one length whose arrays' names get the key in front."""
+        """``shards`` are the training data, or several sides of one length (chosen, rejected)."""
         self._spec = spec
         self._task = task
         self._sides: Mapping[str, Readable] = shards if isinstance(shards, Mapping) else {"": shards}

@@ -1,4 +1,4 @@
-"""The numbers a person watches: what a step took and gave in, a line of ``log.jsonl`` and points of TensorBoard out."""
+"""The numbers a person watches: what a step took and gave in, a line of ``log.jsonl`` and points of curves out."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """Muon over parameters that may be cut over workers: gradients in, orthogonalized updates out."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,11 +38,11 @@ class Muon(Optimizer):
         if not isinstance(matrix, DTensor):
             _update(matrix.detach(), matrix.grad, state["momentum_buffer"], self._spec, lr)
             return
-        whole = matrix.detach().full_tensor()
         assert isinstance(matrix.grad, DTensor)
-        momentum = state["momentum_buffer"].full_tensor()
+        cut = cast(DTensor, matrix.detach())
+        whole, momentum = cut.full_tensor(), state["momentum_buffer"].full_tensor()
         _update(whole, matrix.grad.full_tensor(), momentum, self._spec, lr)
-        for target, source in ((matrix.detach(), whole), (state["momentum_buffer"], momentum)):
+        for target, source in ((cut, whole), (state["momentum_buffer"], momentum)):
             part = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
             target.to_local().copy_(part.to_local())
 
@@ -62,4 +62,4 @@ def _update(
         adjust_lr_fn="match_rms_adamw",
     )
     optimizer.state[parameter]["momentum_buffer"] = momentum
-    optimizer.step()
+    optimizer.step()  # type: ignore[no-untyped-call]

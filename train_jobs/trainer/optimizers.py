@@ -34,7 +34,7 @@ class Optimizers:
         return rate
 
     def states(self) -> dict[str, torch.Tensor]:
-        """Every state tensor as ``parameter/state``, shared with the optimizer. Before the first step there is none."""
+        """Every state tensor as ``parameter/state``, shared with the optimizer. None before the first step."""
         return {
             f"{name}/{key}": value
             for name, parameter in self._parameters.items()

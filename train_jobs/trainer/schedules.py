@@ -11,7 +11,7 @@ def check_schedule(schedule: ScheduleSpec, num_steps: int) -> None:
     decay = schedule.decay_steps or 0
     if schedule.warmup_steps + decay > num_steps:
         raise PlanError(
-            f"schedule: {schedule.warmup_steps} warm-up and {decay} decay steps; limit: the {num_steps} steps of the run; "
+            f"schedule: {schedule.warmup_steps} warm-up and {decay} decay steps; limit: {num_steps}, the whole run; "
             "lower warmup_steps or decay_steps, or train longer"
         )
     if schedule.kind == "wsd" and not decay:

@@ -1,4 +1,4 @@
-"""What one training run is asked to do: resolved values only, as the YAML section made them; nothing has a default here."""
+"""What one training run is asked to do: resolved values only, as the YAML section made them, without defaults."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -200,7 +200,7 @@ def _flatten(prefix: str, value: Any, found: dict[str, Any]) -> None:
 
 
 def data_workers(strategy: StrategySpec, num_workers: int) -> int:
-    """Into how many shares ``num_workers`` workers cut a global batch; raises PlanError where they cannot form the strategy."""
+    """Shares into which ``num_workers`` workers cut a global batch; PlanError where they cannot form the strategy."""
     match strategy:
         case Single():
             if num_workers != 1:

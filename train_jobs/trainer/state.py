@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from train_jobs.trainer.averaging import WeightAverage
 from train_jobs.trainer.errors import CheckpointError
@@ -40,7 +41,7 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Take everything from a whole checkpoint, whatever strategy wrote it; CheckpointError when it lacks something."""
+        """Take everything from a whole checkpoint, whatever strategy wrote it; CheckpointError when it does not fit."""
         saved = saved_tensors(directory)
         prefix = "optimizer/"
         self.optimizers.prepare_states(
@@ -59,7 +60,7 @@ class TrainState:
 
 def saved_tensors(directory: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Whole shape and dtype of every tensor of a checkpoint."""
-    metadata = dcp.FileSystemReader(directory).read_metadata()
+    metadata = FileSystemReader(directory).read_metadata()
     return {
         name: (entry.size, entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
@@ -70,7 +71,7 @@ def saved_tensors(directory: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def load_tensors(tensors: dict[str, torch.Tensor], directory: Path) -> None:
     """Fill tensors in place from a checkpoint; every worker reads what it holds, without asking the others."""
     expect_lone_process()
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
+    load_distributed(tensors, storage_reader=FileSystemReader(directory), no_dist=True)
 
 
 def trained_weights(directory: Path, *, averaged: bool) -> dict[str, torch.Tensor]:

@@ -30,7 +30,8 @@ class MicroBatch:
     """What one forward pass reads, on the worker's device.
 
     ``fields`` are the arrays of the data's Sequences by name, without those the data do not have: token_ids_BS int64,
-    segments_BS int32 (document within a packed sequence, 0 padding), loss_mask_BS bool (the token is a target), labels_B int64 ...
+    segments_BS int32 (document within a packed sequence, 0 padding), loss_mask_BS bool (the token is a target),
+    labels_B int64 ... With several sides of data, such as chosen and rejected, names are ``chosen_token_ids_BS`` ...
     ``number`` is the micro-batch's place in the global batch of ``step``, the same at any number of workers.
     """
 

@@ -2,18 +2,16 @@
 
 from pathlib import Path
 
-import pytest
-import torch
-
 from tests.support.tiny_task import EVALUATION, TinyShards, TinyTask, tiny_spec
 from train_jobs.trainer.hooks import NoHooks, TrainResult
 from train_jobs.trainer.loop import Trainer
 from train_jobs.trainer.spec import TrainSpec
-from train_jobs.trainer.state import trained_weights
 from train_jobs.trainer.world import World
 
 
-def train(run_dir: Path, spec: TrainSpec, *, task: TinyTask | None = None, hooks: NoHooks | None = None) -> TrainResult:
+def train(
+    run_dir: Path, spec: TrainSpec, *, task: TinyTask | None = None, hooks: NoHooks | None = None
+) -> TrainResult:
     return Trainer(
         spec=spec,
         task=task or TinyTask(),

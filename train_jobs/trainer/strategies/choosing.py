@@ -1,4 +1,4 @@
-"""A strategy spec, a task and the workers in, the strategy that trains out; refuses pairs that cannot work, and says why."""
+"""A strategy spec, a task and the workers in, the strategy that trains out; what cannot work is refused."""
 
 from dataclasses import dataclass
 

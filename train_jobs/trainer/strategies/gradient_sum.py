@@ -1,8 +1,8 @@
 """Gradients of every worker in, their sum over all workers out, sent while the backward pass goes on.
 
-Buckets are fixed when the model is built, and sent in their order, so that a sum's rounding is the same in every step and
-in every attempt. torch's DistributedDataParallel arranges its buckets anew after its first step, which with three or more
-workers would round a resumed run differently.
+Buckets are fixed when the model is built, and sent in their order, so that a sum's rounding is the same in every step
+and in every attempt. torch's DistributedDataParallel arranges its buckets anew after its first step, which with three
+or more workers would round a resumed run differently.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class GradientSum:
         self._missing: list[int] = []
         self._sent: list[tuple[torch.Tensor, dist.Work]] = []
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._ready)
+            parameter.register_post_accumulate_grad_hook(self._ready)  # type: ignore[no-untyped-call]
 
     def arm(self) -> None:
         """The next backward pass is the last one of the step: send what it completes."""
@@ -34,12 +34,12 @@ class GradientSum:
         self._sent = []
 
     def finish(self) -> None:
-        """Wait for all sums; every gradient is then a view of its bucket. What got no gradient here counts as zeros."""
+        """Wait for all sums; every gradient is then a view of its bucket. Where there was none, zeros count."""
         while len(self._sent) < len(self._buckets):
             self._send_next()
         for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
             work.wait()
-            parts = flat.split([parameter.numel() for parameter in bucket])
+            parts = torch.split(flat, [parameter.numel() for parameter in bucket])
             for parameter, part in zip(bucket, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
         self._armed, self._sent = False, []

@@ -24,18 +24,18 @@ def check_pipeline(strategy: Pipeline, num_workers: int, num_micro: int) -> None
     depth = num_workers // strategy.data_parallel
     if num_micro < depth:
         raise PlanError(
-            f"strategy pipeline: {num_micro} micro-batches per step for {depth} workers in a row; limit: {depth} or more; "
-            "raise batch.sequences, or lower batch.micro_sequences"
+            f"strategy pipeline: {num_micro} micro-batches per step for {depth} workers in a row; "
+            f"allowed: {depth} or more; raise batch.sequences, or lower batch.micro_sequences"
         )
     if strategy.schedule == "interleaved" and num_micro % depth:
         raise PlanError(
-            f"strategy.schedule: interleaved needs a multiple of {depth} micro-batches per step, and there are {num_micro}; "
+            f"strategy.schedule: interleaved needs a multiple of {depth} micro-batches per step, not {num_micro}; "
             "change batch.micro_sequences, or choose 1f1b"
         )
 
 
 class Pipelined:
-    """Rank = pipeline * depth + place; worker ``place`` holds stages ``place``, ``place + depth`` ... of its pipeline."""
+    """Rank = pipeline * depth + place; a worker holds stages ``place``, ``place + depth`` ... of its pipeline."""
 
     def __init__(self, model: nn.Module, task: PipelineTask, forward: Forward, world: World, spec: TrainSpec) -> None:
         assert isinstance(spec.strategy, Pipeline)
@@ -66,10 +66,10 @@ class Pipelined:
         """See Strategy."""
         self._losses, self._micro_batches = LossSum(), micro_batches
         inputs = [self._task.pipeline_inputs(micro_batch) for micro_batch in micro_batches]
-        shared = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
+        shared: dict[str, Any] = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
         rows_B = torch.arange(len(micro_batches) * self._spec.batch.micro_sequences)
         first = (torch.cat([one["token_ids_BS"] for one in micro_batches]),) if self._place == 0 else ()
-        target = {"target": rows_B} if self._place == self._depth - 1 else {}
+        target: dict[str, Any] = {"target": rows_B} if self._place == self._depth - 1 else {}
         self._schedule.step(*first, **target, rows_B=rows_B, **shared, return_outputs=False)
         if self._sum is not None:
             self._sum.arm()
@@ -93,7 +93,9 @@ class Pipelined:
         with evaluating(whole), self._forward.precision():
             return task.evaluate(whole, data)
 
-    def _make_schedule(self, mine: Mapping[int, nn.Module], num_stages: int) -> Schedule1F1B | ScheduleInterleaved1F1B:
+    def _make_schedule(
+        self, mine: Mapping[int, nn.Module], num_stages: int
+    ) -> Schedule1F1B | ScheduleInterleaved1F1B:
         device = self._world.device
         self._stages = [_Stage(part, number, self._forward, self._micro_batch) for number, part in mine.items()]
         stages = [
@@ -122,7 +124,9 @@ class Pipelined:
 class _Stage(nn.Module):
     """A stage that computes in the spec's precision, with random numbers of its own for every micro-batch."""
 
-    def __init__(self, part: nn.Module, number: int, forward: Forward, find: Callable[[torch.Tensor], MicroBatch]) -> None:
+    def __init__(
+        self, part: nn.Module, number: int, forward: Forward, find: Callable[[torch.Tensor], MicroBatch]
+    ) -> None:
         super().__init__()
         self.part = part
         self.number = number
@@ -144,6 +148,6 @@ def _check_nothing_shared(parts: Any) -> None:
             owner = owners.setdefault(id(parameter), number)
             if owner != number:
                 raise PlanError(
-                    f"strategy pipeline: {name} belongs to stages {owner} and {number}, as the model ties these weights; "
+                    f"strategy pipeline: {name} belongs to stages {owner} and {number}, as the model ties them; "
                     "untie them (tie_word_embeddings: false), or choose fsdp"
                 )

@@ -1,4 +1,4 @@
-"""fsdp and hsdp: weights, gradients and optimizer states are cut over workers, and gathered layer by layer to compute."""
+"""fsdp and hsdp: weights, gradients and optimizer states are cut over workers; layers are gathered to compute."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from train_jobs.trainer.batches import Share
 from train_jobs.trainer.layers import persistent_buffers, repeated_layers, trained_parameters
@@ -17,7 +17,7 @@ from train_jobs.trainer.world import World
 
 
 class Sharded:
-    """Groups of ``shard_workers`` neighbours hold one copy of the model together; gradients are summed over all groups."""
+    """Groups of ``shard_workers`` neighbours hold one copy of the model; gradients are summed over all groups."""
 
     counts_batch = True
 

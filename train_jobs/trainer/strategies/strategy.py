@@ -58,12 +58,10 @@ class Forward:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast)
 
     def shard_policy(self) -> MixedPrecisionPolicy:
-        """Cut weights stay float32; they are gathered in bfloat16 where the spec says so, and gradients sum in float32."""
+        """Cut weights stay float32, are gathered in bfloat16 where the spec says so, and gradients sum in float32."""
         if not self._autocast:
             return MixedPrecisionPolicy()
-        return MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     def seed(self, micro_batch: MicroBatch, stage: int = 0) -> None:
         """Make what follows draw the numbers of this micro-batch, whoever computes it and whatever came before."""
