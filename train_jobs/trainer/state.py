@@ -41,7 +41,7 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Take everything from a whole checkpoint, whatever strategy wrote it; CheckpointError when it does not fit."""
+        """Take everything from a checkpoint, whatever strategy wrote it; CheckpointError when it does not fit."""
         saved = saved_tensors(directory)
         prefix = "optimizer/"
         self.optimizers.prepare_states(
