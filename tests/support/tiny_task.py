@@ -32,7 +32,7 @@ TINY_SPEC = TrainSpec(
     optimizer=Adam(kind="adamw", lr=3e-3, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8),
     schedule=ScheduleSpec(kind="cosine", warmup_steps=3, final_fraction=0.1, decay_steps=None),
     strategy=Single(),
-    batch=BatchSpec(sequences=16, micro_sequences=2),
+    batch=BatchSpec(sequences=16, micro_sequences=4),
     duration=DurationSpec(kind="steps", amount=20),
     checkpoint=CheckpointSpec(every_steps=5, keep_last=2, keep_best=0),
     evaluation=None,
