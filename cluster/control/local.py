@@ -230,6 +230,7 @@ def ray_environment(current: Mapping[str, str], metric_ports: list[int]) -> dict
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_TIMEOUT_S),
+        "RAY_worker_niceness": "0",  # by default 15: whatever else wakes on the machine sets stages aside
         "DASHBOARD_METRIC_PORT": str(metric_ports[0]),
         "AUTOSCALER_METRIC_PORT": str(metric_ports[1]),
     }

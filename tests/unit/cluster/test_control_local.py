@@ -205,6 +205,7 @@ def test_ray_listens_on_the_loopback_address_only_and_sends_nothing_home():
     assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
     assert environment["RAY_AUTH_MODE"] == "disabled"
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert environment["RAY_worker_niceness"] == "0"
 
 
 def test_every_port_and_resource_is_given_to_ray(tmp_path):
