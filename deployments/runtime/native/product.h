@@ -137,7 +137,7 @@ void multiply_rows(const Matrix& matrix, const Activation& input, int first, int
   }
 }
 
-// The first rows that meet a panel bring it into the cache: they prefetch ahead, or unpack ahead into `scratch`.
+// Prefetches ahead, from memory or the second-level cache; of int4 the first rows unpack ahead into `scratch`.
 template <class Emit>
 void multiply_block(const Matrix& matrix, const Activation& input, int first, int stop, int panel, char* scratch,
                     const Emit& emit) {
@@ -155,11 +155,9 @@ void multiply_block(const Matrix& matrix, const Activation& input, int first, in
     prefetch_lines(tiles + static_cast<size_t>(step) * 2 * kTileBytes + kPrefetchBytes, 2 * kTileBytes);
   };
   if (matrix.format == Format::kInt8) {
-    if (first > 0) return multiply_rows<true>(matrix, input, first, stop, panel, tiles, nothing, emit);
     return multiply_rows<true>(matrix, input, first, stop, panel, tiles, prefetch, emit);
   }
-  if (first > 0) return multiply_rows<false>(matrix, input, first, stop, panel, tiles, nothing, emit);
-  return multiply_rows<false>(matrix, input, first, stop, panel, tiles, prefetch, emit);
+    return multiply_rows<false>(matrix, input, first, stop, panel, tiles, prefetch, emit);
 }
 
 // The product of `num_rows` sealed rows with a whole matrix, shared by the members; see multiply_rows for `emit`.
