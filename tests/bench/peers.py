@@ -1,6 +1,7 @@
 """``python -m tests.bench peers``: Manta beside vLLM on CPU and llama.cpp's llama-server, as ratios.
 
-Every server is started alone, warmed up, measured on every workload, and stopped, in turns (``--repeat``); all
+Servers take turns (``--repeat``): each is warmed up and measured on every workload while no other runs. Manta is
+started and stopped for each turn; a peer is started once, and its processes stand still between its turns. All
 serve the same checkpoint over HTTP and stream, get the same prompts, and never end by themselves:
 
     W1..W4   1, 8, 16, 32 streams, 128 tokens in, 128 out
@@ -16,6 +17,8 @@ import asyncio
 import json
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +32,16 @@ from tests.bench.closed_loop import measure
 from tests.bench.http_client import CompletionsServer
 from tests.bench.machine import CpuClock
 from tests.bench.peer_report import Row, print_report
-from tests.bench.servers import MODEL, LlamaServer, MantaServer, Server, VllmServer, checkpoint_of, unpacked_gguf
+from tests.bench.servers import (
+    MODEL,
+    LlamaServer,
+    MantaServer,
+    Running,
+    Server,
+    VllmServer,
+    checkpoint_of,
+    unpacked_gguf,
+)
 from tests.bench.start import QUICKSTART, STORAGE
 from tests.bench.workloads import WORKLOADS, PromptSource, Workload
 
@@ -51,10 +63,12 @@ def main() -> None:
         checkpoint = checkpoint_of(arguments.storage)
         prompts = PromptSource(checkpoint)
         rows: list[Row] = []
-        for repeat in range(arguments.repeat):
-            for server in servers:
-                rows += measured(server, prompts, repeat, arguments, logs)
-                write(rows, arguments)
+        with ExitStack() as started:
+            turns = [Turn.of(server, logs, started) for server in servers]
+            for repeat in range(arguments.repeat):
+                for turn in turns:
+                    rows += measured(turn, prompts, repeat, arguments, logs)
+                    write(rows, arguments)
     print_report(rows, Console(width=max(Console().width, 150)))
     print(f"written to {arguments.out}")
 
@@ -98,12 +112,47 @@ def chosen_servers(arguments: argparse.Namespace, logs: Path) -> list[Server]:
     return servers
 
 
-def measured(
-    server: Server, prompts: PromptSource, repeat: int, arguments: argparse.Namespace, logs: Path
-) -> list[Row]:
-    """One turn of one server: up, every workload, down."""
+class Turn:
+    """A server's place in the round: runs while it is entered, and is paused or not there at all otherwise."""
+
+    def __init__(self, server: Server, running: Running | None) -> None:
+        self.server = server
+        self._running = running
+        self._pause = ExitStack()
+
+    @classmethod
+    def of(cls, server: Server, logs: Path, started: ExitStack) -> "Turn":
+        """A server that can stand still is started now, and ends with ``started``."""
+        if not server.can_pause:
+            return cls(server, None)
+        turn = cls(server, started.enter_context(server.running(logs)))
+        started.callback(turn._pause.close)
+        turn._stand_still()
+        return turn
+
+    def _stand_still(self) -> None:
+        assert self._running is not None
+        self._pause.enter_context(self._running.paused())
+
+    @contextmanager
+    def running(self, logs: Path) -> Iterator[Running]:
+        """The server at work."""
+        if self._running is None:
+            with self.server.running(logs) as running:
+                yield running
+            return
+        self._pause.close()
+        try:
+            yield self._running
+        finally:
+            self._stand_still()
+
+
+def measured(turn: Turn, prompts: PromptSource, repeat: int, arguments: argparse.Namespace, logs: Path) -> list[Row]:
+    """One turn of one server: every workload."""
     rows = []
-    with server.running(logs) as running:
+    server = turn.server
+    with turn.running(logs) as running:
         clock = CpuClock(running.roots)
         for workload in arguments.workloads:
             point = asyncio.run(

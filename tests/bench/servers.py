@@ -35,6 +35,17 @@ class Running:
     root_name: str | int
     """Process id of the server, or what the command lines of its processes contain."""
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stopped, so that another can be measured without starting this one anew afterwards."""
+        for process in family(self.roots()):
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in family(self.roots()):
+                process.resume()
+
     def roots(self) -> Iterable[psutil.Process]:
         """The processes whose CPU time is the server's, with their descendants."""
         if isinstance(self.root_name, int):
@@ -58,6 +69,10 @@ class Server(Protocol):
     def variant(self) -> str:
         """Which weights or layout."""
 
+    @property
+    def can_pause(self) -> bool:
+        """Whether all its processes can be stopped for minutes and go on as if nothing had been."""
+
     def running(self, logs: Path) -> Any:
         """A context manager that yields :class:`Running`."""
 
@@ -71,6 +86,7 @@ class MantaServer:
     """One entry of the YAML's ``models``."""
     storage: Path
     side: str = "manta"
+    can_pause: bool = False  # Ray would take its own silence for a death
 
     @contextmanager
     def running(self, logs: Path) -> Iterator[Running]:
@@ -105,6 +121,7 @@ class VllmServer:
     checkpoint: Path
     variant: str = "bf16"
     side: str = "vllm"
+    can_pause: bool = True
     kv_gib: int = 4
     context_tokens: int = 2048
     max_running: int = 32
@@ -147,6 +164,7 @@ class LlamaServer:
     gguf: Path
     variant: str = "Q4_1"
     side: str = "llama.cpp"
+    can_pause: bool = True
     context_tokens: int = 1536
     max_running: int = 32
 

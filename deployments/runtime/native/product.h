@@ -154,10 +154,9 @@ void multiply_block(const Matrix& matrix, const Activation& input, int first, in
   const auto prefetch = [&](int step) {
     prefetch_lines(tiles + static_cast<size_t>(step) * 2 * kTileBytes + kPrefetchBytes, 2 * kTileBytes);
   };
-  if (matrix.format == Format::kInt8) {
+  if (matrix.format == Format::kInt8)
     return multiply_rows<true>(matrix, input, first, stop, panel, tiles, prefetch, emit);
-  }
-    return multiply_rows<false>(matrix, input, first, stop, panel, tiles, prefetch, emit);
+  return multiply_rows<false>(matrix, input, first, stop, panel, tiles, prefetch, emit);
 }
 
 // The product of `num_rows` sealed rows with a whole matrix, shared by the members; see multiply_rows for `emit`.
