@@ -10,6 +10,9 @@ import pytest
 
 from tests.support.running import Cluster
 
+pytestmark = pytest.mark.timeout(600)
+"""A busy machine may take three times what a quiet one needs."""
+
 SCENARIOS = ("stop-stage", "kill-replica", "scale-down")
 NUM_REQUESTS = 48
 
@@ -18,7 +21,7 @@ NUM_REQUESTS = 48
 def drilled(cluster: Cluster) -> dict[str, dict[str, Any]]:
     """Results by scenario, of one drill that plays them all."""
     options = ("--requests", str(NUM_REQUESTS), "--streams", "16", "--yes", "--json")
-    done = cluster.manta("drill", str(cluster.config), *SCENARIOS, *options)
+    done = cluster.manta("drill", str(cluster.config), *SCENARIOS, *options, timeout_s=400)
     assert done.stdout, done.stderr
     return {result["scenario"]: result for result in json.loads(done.stdout)["scenarios"]}
 
