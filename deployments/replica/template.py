@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 from deployments.messages import ChatPrompt, ToolFormat, refuse
-from deployments.replica.plain_tokenizer import PlainTokenizer
 from deployments.replica.tools import (
     TEMPLATE_ERRORS,
     CallSyntax,
@@ -15,6 +14,7 @@ from deployments.replica.tools import (
     template_knows_tools,
     template_messages,
 )
+from deployments.runtime.plain_tokenizer import PlainTokenizer
 
 
 class ChatTemplate:

@@ -33,8 +33,8 @@ from deployments.messages import (
     ToolFormat,
     refuse,
 )
-from deployments.replica.plain_tokenizer import read_tokenizer
 from deployments.replica.template import ChatTemplate
+from deployments.runtime.plain_tokenizer import read_tokenizer
 
 logger = logging.getLogger(__name__)
 

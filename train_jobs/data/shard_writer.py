@@ -48,6 +48,7 @@ class ShardWriter:
         self.num_sequences = 0
         self._sequence_tokens = sequence_tokens
         self._pad_token_id = pad_token_id
+        self._labels: list[int] = []
         kinds = ["tokens", "segments", "loss", "bytes"] + (["labels"] if with_labels else [])
         self._arrays = {kind: _ArrayFile(directory, array_name(split, kind, side)) for kind in kinds}
 
@@ -75,12 +76,18 @@ class ShardWriter:
         num_bytes = sum(piece.num_bytes for piece in pieces)
         self._arrays["bytes"].write(np.array([num_bytes], dtype=BYTES_DTYPE).tobytes())
         if label is not None:
-            self._arrays["labels"].write(np.array([label], dtype=LABELS_DTYPE).tobytes())
+            self._labels.append(label)
         self.num_sequences += 1
         return self.num_sequences - 1
 
-    def close(self) -> list[FileEntry]:
-        """Bring everything to disk; the entries of the files, by kind."""
+    def close(self, *, label_numbers: Sequence[int] | None = None) -> list[FileEntry]:
+        """Bring everything to disk; the entries of the files.
+
+        ``label_numbers[n]`` is the final number of the label that was appended as ``n``; None keeps the numbers.
+        """
+        if "labels" in self._arrays:
+            numbers = self._labels if label_numbers is None else [label_numbers[label] for label in self._labels]
+            self._arrays["labels"].write(np.array(numbers, dtype=LABELS_DTYPE).tobytes())
         return [array.close() for array in self._arrays.values()]
 
     def abandon(self) -> None:

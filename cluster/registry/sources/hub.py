@@ -1,9 +1,10 @@
-"""The Hugging Face hub: a snapshot of a repository's safetensors, tokenizer and configuration in the hub's own cache.
+"""The Hugging Face hub: a snapshot of the wanted files of a model or dataset repository, in the hub's own cache.
 
 The hub library's settings (``HF_ENDPOINT`` for a mirror, ``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``) apply.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,49 @@ def download_snapshot(source: HfSource, progress: Progress) -> Path:
     num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     progress(label, num_bytes, num_bytes, "B")
     return folder
+
+
+def download_dataset(source: HfSource, patterns: Sequence[str], progress: Progress) -> Path:
+    """A local directory with the files of a dataset repository whose paths match ``patterns``; SourceError else."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    label = f"downloading {source.repo}"
+    progress(label, 0, None, "B")
+    try:
+        folder = Path(
+            snapshot_download(
+                source.repo,
+                repo_type="dataset",
+                revision=source.revision,
+                allow_patterns=list(patterns),
+                tqdm_class=_bar_class(label, progress),
+            )
+        )
+    except Exception as error:  # the library passes on whatever its HTTP client raises
+        raise SourceError(_explain(source, error)) from error
+    num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    progress(label, num_bytes, num_bytes, "B")
+    return folder
+
+
+def download_tokenizer(source: HfSource, progress: Progress) -> Path:
+    """A local directory with tokenizer and configuration of a model repository, without its weights."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    label = f"downloading the tokenizer of {source.repo}"
+    progress(label, 0, None, "B")
+    try:
+        folder = snapshot_download(
+            source.repo,
+            revision=source.revision,
+            allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"],
+            ignore_patterns=["*.index.json", "*/*"],
+            tqdm_class=_bar_class(label, progress),
+        )
+    except Exception as error:  # the library passes on whatever its HTTP client raises
+        raise SourceError(_explain(source, error)) from error
+    progress(label, 1, 1, "steps")
+    return Path(folder)
 
 
 def _bar_class(label: str, progress: Progress) -> type:

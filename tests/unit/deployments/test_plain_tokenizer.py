@@ -11,8 +11,8 @@ from jinja2 import TemplateError
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from deployments.replica.plain_tokenizer import read_tokenizer
-from deployments.replica.sandbox import compile_template
+from deployments.runtime.plain_tokenizer import read_tokenizer
+from deployments.runtime.sandbox import compile_template
 from tests.support.tiny_tokenizer import EOS_ID, byte_level_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
 
 TEXTS = (

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from deployments.replica.sandbox import Render, compile_template
+from deployments.runtime.sandbox import Render, compile_template
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
@@ -27,7 +27,7 @@ _QWEN2_WORDS = (
 
 
 class PlainTokenizer:
-    """The part of a transformers tokenizer that a replica uses."""
+    """The part of a transformers tokenizer that replicas and data preparation use."""
 
     def __init__(
         self, backend: Tokenizer, special_tokens: dict[str, str], chat_template: str | dict[str, str] | None
@@ -41,6 +41,11 @@ class PlainTokenizer:
         """The token that ends a text, if one is named."""
         eos: int | None = self.backend_tokenizer.token_to_id(self._special_tokens.get("eos_token", ""))
         return eos
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The named tokens (``eos_token`` and so on) that the checkpoint has, as text."""
+        return dict(self._special_tokens)
 
     def apply_chat_template(
         self,
