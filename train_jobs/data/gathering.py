@@ -146,14 +146,14 @@ class _Gatherer:
         """All labels, in the order of their numbers."""
         name, wanted = self._spec.name, self._spec.labels
         train, held_out = (self._collectors[split].label_counts for split in SPLITS)
-        if len(train) < 2:
-            raise DataError(f"{name}: classify needs two labels or more, and there is only {next(iter(train))!r}")
         unknown = sorted(held_out.keys() - train.keys())
         if unknown:
             raise DataError(
                 f"{name}: label {', '.join(map(repr, unknown))} has documents only in the evaluation split; add "
                 "documents, or lower eval_fraction"
             )
+        if len(train) < 2:
+            raise DataError(f"{name}: classify needs two labels or more, and there is only {next(iter(train))!r}")
         return tuple(sorted(train)) if wanted is None else wanted
 
     def _notes(self, labels: Sequence[str] | None) -> Iterator[str]:

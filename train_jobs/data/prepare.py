@@ -49,7 +49,7 @@ def prepare(spec: PrepareSpec, storage: str, executor: Executor, progress: Progr
     DataError says what of the inputs cannot be used, SourceError what cannot be fetched; nothing is left then.
     """
     _check_spec(spec)
-    registry, root = Registry(storage), _data_root(storage, spec.name)
+    root, registry = _data_root(storage, spec.name), Registry(storage)
     tokenizer = find_tokenizer(spec.tokenizer, registry, progress)
     if spec.task in ("sft", "dpo"):
         check_chat_template(tokenizer)

@@ -50,7 +50,7 @@ def test_the_order_never_changes_between_releases() -> None:
     assert Order(1_000_003, 42).batch(999_999, 6).tolist() == [319004, 971635, 826377, 574725, 761521, 742231]
 
 
-@pytest.mark.parametrize("num_items", [5, 8, 100])
+@pytest.mark.parametrize("num_items", [5, 8, 24])
 def test_every_item_is_as_likely_at_every_position(num_items: int) -> None:
     """Chi-squared over the items at one position in many epochs, for a few positions."""
     order, num_epochs = Order(num_items, 11), 30 * num_items
