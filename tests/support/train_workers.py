@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ class Case:
     dropout: float = 0.0
     kill_at: int | None = None
     stop_at: int | None = None
+    full_at: int | None = None
+    """From this step on the last worker cannot write files of more than 1 kB."""
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Seen(NoHooks):
         self.step = step
         if step == self.case.kill_at and self.rank == self.last_rank:
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.case.full_at and self.rank == self.last_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
     def should_stop(self) -> StopRequest:
         wants = self.step == self.case.stop_at and self.rank == self.last_rank
@@ -103,5 +108,7 @@ def _attempt(case: Case, rank: int, num_workers: int) -> Seen:
         seen.result = trainer.run()
     except (TrainingError, RuntimeError) as error:  # gloo tells of a lost worker with a RuntimeError
         seen.error = f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     seen.sequence_ids = task.seen
     return seen

@@ -1,7 +1,6 @@
 """The numbers a person watches: what a step took and gave in, a line of ``log.jsonl`` and points of curves out."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -59,6 +58,7 @@ class Meter:
         self._flops = flops_per_position
         self._peak = peak_flops
         self._device = device
+        self._process = psutil.Process()
         self._log: TextIO | None = None
         if run_dir is not None:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class Meter:
             step_s=step_s,
             data_wait_s=data_wait_s,
             checkpoint_stall_s=checkpoint_stall_s,
-            memory_bytes=used_memory_bytes(self._device),
+            memory_bytes=self._used_memory_bytes(),
         )
         if self._log is not None:
             self._write(self._log, report)
@@ -106,6 +106,11 @@ class Meter:
         for name, value in values.items():
             if name not in ("step", "num_steps"):
                 self._board.add_scalar(f"train/{name}", value, report.step)
+
+    def _used_memory_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return int(self._process.memory_info().rss)
 
     def write_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Metrics of an evaluation after ``step`` steps, beside the lines of the steps."""
@@ -137,13 +142,6 @@ def _continue_log(path: Path, first_step: int) -> Path:
         partial.write_text("".join(kept))
         partial.replace(path)
     return path
-
-
-def used_memory_bytes(device: torch.device) -> int:
-    """Memory of this worker: the accelerator's where there is one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process(os.getpid()).memory_info().rss)
 
 
 _KNOWN_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}

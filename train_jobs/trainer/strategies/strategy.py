@@ -66,7 +66,10 @@ class Forward:
     def seed(self, micro_batch: MicroBatch, stage: int = 0) -> None:
         """Make what follows draw the numbers of this micro-batch, whoever computes it and whatever came before."""
         key = struct.pack("<4q", self._seed, micro_batch.step, micro_batch.number, stage)
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
+        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+        torch.default_generator.manual_seed(number)  # torch.manual_seed would format stacks for every absent device
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed(number)
 
 
 class LossSum:
