@@ -199,7 +199,7 @@ def test_new_documents_move_no_others(tmp_path: Path, storage: str, tokenizer: s
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"only": 20}, "needs two labels or more, and there is only 'only'"),
+        ({"only": 60}, "needs two labels or more, and there is only 'only'"),
         ({"many": 60, "rare": 1}, "label 'rare' has documents only in the evaluation split"),
     ],
 )
