@@ -113,7 +113,7 @@ def refuse(models: str, nodes: str) -> str:
 def test_a_stage_larger_than_every_node_is_named_with_its_parts():
     message = refuse(SMOLLM2, "    - {name: box, resources: {CPU: 2, memory: 300MiB}}\n")
     assert message == (
-        "models.smollm2: stage 0 needs 441.4MiB memory (weights 182.3MiB, KV cache 228.0MiB, activations 31.1MiB), "
+        "models.smollm2: stage 0 needs 452.1MiB memory (weights 182.3MiB, KV cache 228.0MiB, activations 41.8MiB), "
         "but the largest node has 300.0MiB memory; "
         "use more stages, a smaller kv_cache.tokens or batching.max_step_tokens, or larger nodes"
     )
