@@ -1,7 +1,7 @@
 """``python -m tests.bench peers``: Manta beside vLLM on CPU and llama.cpp's llama-server, as ratios.
 
-Servers take turns (``--repeat``): each is warmed up and measured on every workload while no other runs. Manta is
-started and stopped for each turn; a peer is started once, and its processes stand still between its turns. All
+Servers take turns (``--repeat``): each is warmed up and measured on every workload while no other runs. Each is
+started and stopped for its turn; what can bear it is started once, and stands still between its turns. All
 serve the same checkpoint over HTTP and stream, get the same prompts, and never end by themselves:
 
     W1..W4   1, 8, 16, 32 streams, 128 tokens in, 128 out

@@ -121,7 +121,7 @@ class VllmServer:
     checkpoint: Path
     variant: str = "bf16"
     side: str = "vllm"
-    can_pause: bool = True
+    can_pause: bool = False  # it ends itself after minutes of silence
     kv_gib: int = 4
     context_tokens: int = 2048
     max_running: int = 32
