@@ -62,7 +62,7 @@ class BatchingSection(StrictModel):
     max_running: Annotated[int, Field(ge=1, le=65536)] = 32
     """Sequences computed at the same time by one replica; a request has one per choice (``n``)."""
     max_step_tokens: Annotated[int, Field(ge=1, le=2**20)] = 1280
-    """Tokens of one step, decoding and prompts together; larger is an earlier first token, smaller is steadier streams."""
+    """Tokens of one step, decoding and prompts; larger is an earlier first token, smaller is steadier streams."""
     max_waiting: Annotated[int, Field(ge=0, le=1_000_000)] = 256
     """Sequences that may wait in one replica; a request that finds so many is refused with 429."""
 
