@@ -39,7 +39,7 @@ class SourceEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_files: int
     num_bytes: int
     num_rows: int = 0
-    """Rows that could be read, before duplicates and too short ones were left out."""
+    """Rows read, good and bad, before anything was left out."""
 
 
 class TokenizerEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
