@@ -8,7 +8,7 @@ import torch
 
 from tests.support.tiny_task import EVALUATION, tiny_spec
 from tests.support.train_workers import Case, Seen, run_cases
-from train_jobs.trainer.spec import Ddp, Fsdp, Hsdp, Pipeline, Single, StrategySpec
+from train_jobs.trainer.spec import BatchSpec, Ddp, Fsdp, Hsdp, Pipeline, Single, StrategySpec
 from train_jobs.trainer.state import load_tensors, saved_tensors
 
 ONE_F_ONE_B = Pipeline(schedule="1f1b", data_parallel=1, stages_per_worker=1)
@@ -54,6 +54,32 @@ def test_killed_worker_changes_no_bit(tmp_path: Path) -> None:
         assert_same_bits(one.result.checkpoint, other.result.checkpoint)
         lines = [json.loads(line) for line in (other.case.run_dir / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, 21))
+
+
+def test_killed_worker_of_three_changes_no_bit(tmp_path: Path) -> None:
+    """With three, the order of a sum matters, so gradients must be sent in the same pieces after a restart."""
+    spec = tiny_spec(strategy=Ddp(), batch=BatchSpec(sequences=12, micro_sequences=4))
+    calm = run_cases(3, tmp_path / "w-calm", [Case(spec=spec, run_dir=tmp_path / "calm")])[0][0]
+    assert run_cases(3, tmp_path / "w-killed", [Case(spec=spec, run_dir=tmp_path / "run", kill_at=11)])[2] == []
+    again = run_cases(3, tmp_path / "w-again", [Case(spec=spec, run_dir=tmp_path / "run")])[0][0]
+    assert calm.result is not None
+    assert again.result is not None, again.error
+    assert again.result.resumed_from in (5, 10)  # the second may not have been committed yet
+    assert_same_bits(calm.result.checkpoint, again.result.checkpoint)
+
+
+def test_worker_that_cannot_write_ends_all_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    case = Case(spec=tiny_spec(strategy=Fsdp()), run_dir=tmp_path / "run", full_at=7)
+    attempt = run_cases(2, tmp_path / "w-full", [case])
+    for worker in attempt:
+        assert worker[0].error is not None
+        assert "step-10: the checkpoint could not be written" in worker[0].error
+        assert "File too large" in worker[0].error
+        assert worker[0].checkpoints == ["step-5"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-5"]
+    again = run_cases(2, tmp_path / "w-again", [Case(spec=case.spec, run_dir=case.run_dir)])[0][0]
+    assert again.result is not None, again.error
+    assert (again.result.resumed_from, again.result.step) == (5, 20)
 
 
 def test_two_then_one_then_two_workers(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cluster.errors import PlanError
@@ -29,18 +30,21 @@ class Optimizers:
         rate = self._lr * learning_rate_factor
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                if isinstance(group["lr"], torch.Tensor):  # torchao compiles its step with the rate as an input
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
             optimizer.step()
         return rate
 
     def states(self) -> dict[str, torch.Tensor]:
         """Every state tensor as ``parameter/state``, shared with the optimizer. None before the first step."""
         return {
-            f"{name}/{key}": value
+            f"{name}/{key}{part}": tensor
             for name, parameter in self._parameters.items()
             for optimizer in self._optimizers
             for key, value in optimizer.state.get(parameter, {}).items()
-            if isinstance(value, torch.Tensor)
+            for part, tensor in _plain_parts(value)
         }
 
     def prepare_states(self, shapes: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, torch.Tensor]:
@@ -55,9 +59,30 @@ class Optimizers:
             parameter = self._parameters.get(parameter_name)
             if parameter is None:
                 continue
+            optimizer = owners[id(parameter)]
+            if "." in key:
+                whole, _, _ = key.partition(".")
+                optimizer.state[parameter].setdefault(whole, _low_bit_zeros(optimizer, parameter, whole))
+                continue
             like = parameter.detach() if shape == parameter.shape else torch.empty(shape)
-            owners[id(parameter)].state[parameter][key] = torch.zeros_like(like, dtype=dtype)
+            optimizer.state[parameter][key] = torch.zeros_like(like, dtype=dtype)
         return self.states()
+
+
+def _plain_parts(value: object) -> list[tuple[str, torch.Tensor]]:
+    """A state as plain tensors: itself, or what a low-bit tensor is made of, each with its name's ending."""
+    if not isinstance(value, torch.Tensor):
+        return []
+    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
+        return [("", value)]
+    names, _ = value.__tensor_flatten__()
+    return [(f".{name}", getattr(value, name)) for name in names]
+
+
+def _low_bit_zeros(optimizer: Any, parameter: nn.Parameter, key: str) -> torch.Tensor:
+    """An empty state as torchao's optimizers make it: signed for the mean, unsigned for the mean square."""
+    zeros: torch.Tensor = optimizer._new_buffer(parameter.detach(), key == "exp_avg")
+    return zeros
 
 
 def _build(spec: OptimizerSpec, parameters: Parameters, layer_matrices: frozenset[str]) -> list[Optimizer]:

@@ -110,6 +110,7 @@ def test_8_bit_states_without_torchao_are_refused() -> None:
         Optimizers(spec, {"w": nn.Parameter(torch.ones(2, 2))}, layer_matrices=frozenset())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torchao compiles its step
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_8_bit_states_come_close_to_adamw() -> None:
     weight, *gradients = (tensor.float() for tensor in random(64, 128, number=6))
@@ -158,3 +159,26 @@ def test_duration_covers_what_was_asked_for(kind: Any, amount: int, steps: int) 
     batch = BatchSpec(sequences=16, micro_sequences=4)
     duration = DurationSpec(kind=kind, amount=amount)
     assert total_steps(duration, batch, num_sequences=50, sequence_tokens=100) == steps
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torchao compiles its step
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_8_bit_states_come_back_as_they_were() -> None:
+    weight, *gradients = (tensor.float() for tensor in random(64, 128, number=4))
+    spec = Adam(kind="adamw8bit", lr=1e-2, weight_decay=DECAY, betas=BETAS, eps=EPS)
+    first = nn.Parameter(weight.clone())
+    before = Optimizers(spec, {"w": first}, layer_matrices=frozenset())
+    for gradient in gradients[:2]:
+        first.grad = gradient.clone()
+        before.step(1.0)
+    second = nn.Parameter(first.detach().clone())
+    after = Optimizers(spec, {"w": second}, layer_matrices=frozenset())
+    saved = {name: state.clone() for name, state in before.states().items()}
+    empty = after.prepare_states({name: (state.shape, state.dtype) for name, state in saved.items()})
+    assert {"w/exp_avg.codes", "w/exp_avg_sq.scale"} <= empty.keys() == saved.keys()
+    for name, state in empty.items():
+        state.copy_(saved[name])
+    for parameter, optimizers in ((first, before), (second, after)):
+        parameter.grad = gradients[2].clone()
+        optimizers.step(1.0)
+    assert torch.equal(first, second)

@@ -18,11 +18,13 @@ from train_jobs.trainer.hooks import NoHooks, TrainResult
 from train_jobs.trainer.loop import Trainer
 from train_jobs.trainer.meters import StepReport
 from train_jobs.trainer.spec import (
+    Adam,
     BatchSpec,
     CheckpointSpec,
     Ddp,
     DurationSpec,
     EvaluationSpec,
+    Fsdp,
     Hsdp,
     Pipeline,
     ScheduleSpec,
@@ -354,6 +356,12 @@ def test_what_cannot_work_is_refused_with_a_reason(
     sizes = BatchSpec(sequences=batch[0], micro_sequences=batch[1])
     with pytest.raises(PlanError, match=message):
         check_fits(tiny_spec(strategy=strategy, batch=sizes), task, num_workers)
+
+
+def test_8_bit_states_are_not_cut() -> None:
+    optimizer = Adam(kind="adamw8bit", lr=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    with pytest.raises(PlanError, match=r"adamw8bit with strategy fsdp.*choose adamw, or ddp"):
+        check_fits(tiny_spec(strategy=Fsdp(), optimizer=optimizer), TinyTask(), 2)
 
 
 def test_schedule_longer_than_the_run_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ class Spread:
 
 def check_fits(spec: TrainSpec, task: Task, num_workers: int) -> None:
     """Raises PlanError when the spec, the task and this number of workers do not go together."""
+    if spec.optimizer.kind == "adamw8bit" and isinstance(spec.strategy, Fsdp | Hsdp):
+        raise PlanError(
+            f"optimizer.kind: adamw8bit with strategy {spec.strategy.kind}: its states are quantized in "
+            "blocks that another number of workers would cut otherwise; choose adamw, or ddp"
+        )
     num_micro = num_micro_batches(spec.batch, data_workers(spec.strategy, num_workers))
     if not isinstance(spec.strategy, Pipeline):
         return
