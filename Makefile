@@ -9,7 +9,7 @@ help:
 	@echo "make up      install, start Ray here, serve $(CONFIG), answer a first question"
 	@echo "make down    stop what 'make up' started"
 	@echo "make status  what runs now"
-	@echo "make test    every test (unit, contracts, ray, e2e)"
+	@echo "make test    every test (unit, contracts, train, ray, e2e)"
 	@echo "make check   formatter, linter, types, import contracts"
 	@echo "make bench   start times and speed (more: python -m tests.bench)"
 
@@ -45,8 +45,9 @@ test-unit: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 	$(BIN)/python -m pytest tests/contracts
 
-# Two runs: the second one starts clusters, and must not inherit a process that has loaded half of everything.
+# Runs of their own: the last one starts clusters, and must not inherit a process that has loaded half of everything.
 test: test-unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train
 	$(BIN)/python -m pytest tests/ray tests/e2e
 
 bench: .venv/.installed-dev
