@@ -1,7 +1,7 @@
 """npm packages: the tarball of one pinned package, and safe extraction of one part of it.
 
 The npm client fetches it where there is one, so that its settings (.npmrc, proxies, logins) apply. Without it the
-tarball comes over HTTPS from the registry that npm would ask: ``npm_config_registry``, ``~/.npmrc``, or npm's own.
+tarball comes over HTTPS from the registry that is configured for npm: ``npm_config_registry``, or ``~/.npmrc``.
 """
 
 import base64
@@ -22,7 +22,6 @@ from cluster.registry.progress import ByteCount, Progress
 from cluster.registry.sources.wheel import check_sha256, watch
 from cluster.registry.tree import CHUNK_BYTES, file_sha256
 
-DEFAULT_REGISTRY = "https://registry.npmjs.org"
 _TAIL_LINES = 6
 _TIMEOUT_S = 60.0
 
@@ -110,7 +109,7 @@ def _run_npm(npm: str, source: NpmSource, folder: Path, progress: Progress) -> N
 
 
 def registry_url() -> str:
-    """The registry that npm would ask, without its client: environment, ``~/.npmrc``, then npm's default."""
+    """The registry that is configured for npm, by the environment or ``~/.npmrc``; SourceError when none is."""
     configured = os.environ.get("npm_config_registry")  # noqa: SIM112 - npm's own spelling
     rc = Path.home() / ".npmrc"
     if configured is None and rc.is_file():
@@ -118,7 +117,12 @@ def registry_url() -> str:
             key, separator, value = line.partition("=")
             if separator and key.strip() == "registry":
                 configured = value.strip()
-    return (configured or DEFAULT_REGISTRY).rstrip("/")
+    if not configured:
+        raise SourceError(
+            "npm:// needs the npm client, which is not in PATH, or the address of a registry in npm_config_registry "
+            "or ~/.npmrc; install npm, or unpack the package and use path://"
+        )
+    return configured.rstrip("/")
 
 
 def _get_over_https(source: NpmSource, target: Path, progress: Progress) -> None:

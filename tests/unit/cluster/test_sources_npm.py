@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from cluster.config.sources import NpmSource, PathSource, parse_data_source, parse_source
 from cluster.errors import SourceError
 from cluster.registry.progress import no_progress
-from cluster.registry.sources.npm import DEFAULT_REGISTRY, download_npm, extract_npm, registry_url
+from cluster.registry.sources.npm import download_npm, extract_npm, registry_url
 
 SOURCE = NpmSource(package="@scope/data", version="1.2.3", path="texts")
 
@@ -140,7 +140,8 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
 def test_npms_own_configuration_names_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("npm_config_registry", raising=False)
-    assert registry_url() == DEFAULT_REGISTRY
+    with pytest.raises(SourceError, match="needs the npm client, which is not in PATH"):
+        registry_url()
     (tmp_path / ".npmrc").write_text("; comment\n@scope:registry=http://other\nregistry = http://mirror/npm/\n")
     assert registry_url() == "http://mirror/npm"
     monkeypatch.setenv("npm_config_registry", "http://first")
