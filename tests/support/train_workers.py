@@ -1,4 +1,4 @@
-"""Training attempts in spawned processes that talk gloo on the loopback: cases in, what each worker saw out."""
+"""Training attempts in processes of their own that talk gloo on the loopback: cases in, what each worker saw out."""
 
 import multiprocessing
 import os
@@ -70,7 +70,8 @@ class Seen(NoHooks):
 def run_cases(num_workers: int, folder: Path, cases: list[Case]) -> list[list[Seen]]:
     """Each case in turn on the same workers; returns by worker, by case. A killed worker has seen nothing."""
     folder.mkdir(parents=True)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch takes seconds to import; nothing computes in the server
     workers = [context.Process(target=_work, args=(rank, num_workers, folder, cases)) for rank in range(num_workers)]
     for worker in workers:
         worker.start()
