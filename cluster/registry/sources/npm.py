@@ -9,7 +9,6 @@ import hashlib
 import os
 import shutil
 import tarfile
-import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -19,10 +18,9 @@ import requests
 from cluster.config.sources import NpmSource
 from cluster.errors import SourceError
 from cluster.registry.progress import ByteCount, Progress
-from cluster.registry.sources.wheel import check_sha256, watch
+from cluster.registry.sources.download import check_sha256, download
 from cluster.registry.tree import CHUNK_BYTES, file_sha256
 
-_TAIL_LINES = 6
 _TIMEOUT_S = 60.0
 
 
@@ -91,21 +89,11 @@ def _archive_name(source: NpmSource) -> str:
 def _run_npm(npm: str, source: NpmSource, folder: Path, progress: Progress) -> None:
     requirement = f"{source.package}@{source.version}"
     command = [npm, "pack", requirement, "--ignore-scripts", "--pack-destination", str(folder)]
-    label = f"downloading {requirement}"
-    progress(label, 0, None, "B")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="npm-") as temporary:
-        status, errors = watch(
-            command, Path(temporary), folder, lambda num_bytes: progress(label, num_bytes, None, "B")
-        )
-    if status != 0:
-        tail = "\n".join(f"  {line}" for line in errors.strip().splitlines()[-_TAIL_LINES:])
-        raise SourceError(
-            f"npm could not fetch {requirement} (exit status {status}):\n{tail}\n"
-            "check the version, and npm's registry (npm config get registry); without network unpack the package "
-            "and use path://"
-        )
-    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
-    progress(label, num_bytes, num_bytes, "B")
+    remedy = (
+        "check the version, and npm's registry (npm config get registry); without network unpack the package "
+        "and use path://"
+    )
+    download("npm", command, requirement, folder, remedy=remedy, progress=progress)
 
 
 def registry_url() -> str:

