@@ -15,6 +15,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.config.schema import ClusterConfig
+from cluster.durable import write_durably
 from cluster.errors import ControlError
 
 _START_TIME_TOLERANCE_S = 1.0
@@ -74,12 +75,7 @@ def read_state(directory: Path) -> LocalState | None:
 def write_state(directory: Path, state: LocalState) -> None:
     """Replace the state file in one step."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f"local.json.{os.getpid()}"
-    with temporary.open("w") as file:
-        json.dump(state.model_dump(mode="json"), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / "local.json")
+    write_durably(directory / "local.json", json.dumps(state.model_dump(mode="json"), indent=1).encode())
 
 
 def forget_state(directory: Path) -> None:

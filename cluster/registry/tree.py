@@ -21,6 +21,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from typing_extensions import override
 
+from cluster.durable import sync_folder
 from cluster.errors import RegistryError
 
 CHUNK_BYTES = 4 * 2**20
@@ -147,13 +148,13 @@ class LocalTree(Tree):
             return False
         finally:
             temporary.unlink()
-        _sync_folder((self.root / path).parent)
+        sync_folder((self.root / path).parent)
         return True
 
     @override
     def replace(self, path: str, data: bytes) -> None:
         os.replace(self._write_temporary(path, data), self.root / path)
-        _sync_folder((self.root / path).parent)
+        sync_folder((self.root / path).parent)
 
     @override
     def append(self, path: str, data: bytes) -> None:
@@ -176,7 +177,7 @@ class LocalTree(Tree):
             os.replace(temporary, self.root / path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder((self.root / path).parent)
+        sync_folder((self.root / path).parent)
 
     @override
     def get(self, path: str, target: Path, done: BytesDone) -> None:
@@ -333,11 +334,3 @@ def remove_folder(path: Path) -> None:
 def _chunks(file: BinaryIO) -> Iterator[bytes]:
     while chunk := file.read(CHUNK_BYTES):
         yield chunk
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

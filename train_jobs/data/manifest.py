@@ -1,11 +1,11 @@
 """What a directory of prepared data says about itself: ``manifest.json``, written last, is the commit."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from cluster.durable import write_durably
 from cluster.errors import DataError
 from cluster.registry.tree import file_sha256
 
@@ -153,12 +153,8 @@ def read_manifest(directory: Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Commit ``directory``: the manifest appears whole, after everything else is on disk."""
-    temporary = directory / f".{MANIFEST_NAME}.tmp"
-    with temporary.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / MANIFEST_NAME)
+    content = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    write_durably(directory / MANIFEST_NAME, content)
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from cluster.durable import write_durably
 from cluster.errors import DataError
 from cluster.registry.progress import Progress, no_progress
 from cluster.registry.sources.lock import import_lock
@@ -240,6 +241,4 @@ def _manifest(
 
 
 def _point_latest(root: Path, digest: str) -> None:
-    temporary = root / f".{_LATEST}.{os.getpid()}"
-    temporary.write_bytes(msgspec.json.encode({"digest": digest}))
-    os.replace(temporary, root / _LATEST)
+    write_durably(root / _LATEST, msgspec.json.encode({"digest": digest}))

@@ -4,7 +4,6 @@
 which holds the digest of ``digests.json``. A directory without it does not exist for anybody.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from cluster.durable import sync_folder, write_durably
 from cluster.registry.tree import file_sha256
 
 COMMITTED = "COMMITTED"
@@ -84,10 +84,10 @@ def commit(directory: Path, meta: Meta, files: Mapping[str, FileDigest]) -> None
     write_durably(directory / META, msgspec.json.encode(meta))
     everything = dict(files) | digest_files(directory, [META])
     write_durably(directory / DIGESTS, msgspec.json.encode(everything, order="sorted"))
-    sync_directory(directory)
+    sync_folder(directory)
     write_durably(directory / COMMITTED, file_sha256(directory / DIGESTS).encode())
-    sync_directory(directory)
-    sync_directory(directory.parent)
+    sync_folder(directory)
+    sync_folder(directory.parent)
 
 
 def read_meta(directory: Path) -> Meta:
@@ -134,22 +134,3 @@ def retain(root: Path, *, keep_last: int, keep_best: int, mode: Literal["min", "
             (directory / COMMITTED).unlink()  # first, so that half a deletion is no checkpoint
             shutil.rmtree(directory)
     return stay
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file by one that is wholly on disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a directory's entries durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
