@@ -35,14 +35,8 @@ def raylets(tmp_path: Path) -> Iterator[Raylets]:
 def attached(raylets: Raylets, tmp_path: Path) -> Iterator[Cluster]:
     save_tiny_chat(tmp_path / "chat-a", seed=1)
     model = chat_model(str(tmp_path / "chat-a"), pipeline={"stages": 1, "threads": 1})
-    cluster = write_cluster(tmp_path, "head", [model])
-    cluster.edit(raylets.attach)
-    try:
-        cluster.up()
+    with raylets.serving(write_cluster(tmp_path, "head", [model])) as cluster:
         yield cluster
-    finally:
-        down = cluster.manta("down", str(cluster.config))
-    assert down.returncode == 0, down.stdout + down.stderr
 
 
 def test_streams_go_on_without_a_head_and_control_comes_back(raylets: Raylets, attached: Cluster) -> None:

@@ -35,14 +35,8 @@ def spread(raylets: Raylets, tmp_path: Path) -> Iterator[Cluster]:
     save_tiny_chat(tmp_path / "chat-a", seed=1)
     model = chat_model(str(tmp_path / "chat-a"))
     model["pipeline"] |= {"placement": "STRICT_SPREAD"}
-    cluster = write_cluster(tmp_path, "draining", [model])
-    cluster.edit(raylets.attach)
-    try:
-        cluster.up()
+    with raylets.serving(write_cluster(tmp_path, "draining", [model])) as cluster:
         yield cluster
-    finally:
-        down = cluster.manta("down", str(cluster.config))
-    assert down.returncode == 0, down.stdout + down.stderr
 
 
 def nodes_of_stages(raylets: Raylets) -> list[tuple[int, str]]:

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray._raylet import GcsClient
 
 from cluster.control import processes
 from cluster.control.local import ray_environment
-from tests.support.running import free_ports
+from tests.support.running import Cluster, free_ports
 
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _START_TIMEOUT_S = 120.0
@@ -89,8 +90,18 @@ class Raylets:
         """Ids of the nodes that live."""
         return {node_id.hex() for node_id, node in self.gcs.get_all_node_info(timeout=30).items() if node.state == 0}
 
-    def attach(self, values: dict[str, Any]) -> None:
-        """Edit a config so that it runs on these nodes."""
+    @contextmanager
+    def serving(self, cluster: Cluster) -> Iterator[Cluster]:
+        """The cluster, changed so that it runs on these nodes: up, and down again."""
+        cluster.edit(self._attach)
+        try:
+            cluster.up()
+            yield cluster
+        finally:
+            down = cluster.manta("down", str(cluster.config))
+        assert down.returncode == 0, down.stdout + down.stderr
+
+    def _attach(self, values: dict[str, Any]) -> None:
         values["cluster"]["provider"] = {"kind": "existing", "dashboard": self.dashboard_url}
         values["cluster"]["nodes"] = [{"name": "box", "resources": {"CPU": 2}, "min": 2, "max": 4}]
 
