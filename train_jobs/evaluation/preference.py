@@ -42,12 +42,12 @@ class PreferenceSums:
         )
 
     def metrics(self) -> dict[str, float | int]:
-        """``loss``, ``accuracy``, ``reward_margin``, ``num_pairs``; EvaluationError when there are no pairs."""
+        """``loss``, ``accuracy``, ``margin``, ``num_pairs``; EvaluationError when there are no pairs."""
         if not self.num_pairs:
             raise EvaluationError("evaluation: the data have no pairs; give their preparation a split.eval_fraction")
         return {
             "loss": as_float(self.nats) / self.num_pairs,
             "accuracy": self.num_correct / self.num_pairs,
-            "reward_margin": as_float(self.margin) / self.num_pairs,
+            "margin": as_float(self.margin) / self.num_pairs,
             "num_pairs": self.num_pairs,
         }

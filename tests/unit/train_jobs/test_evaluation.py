@@ -161,7 +161,7 @@ def test_long_text_in_windows_is_the_whole_text_for_a_model_that_looks_back_less
 
 def test_pairs() -> None:
     sums = PreferenceSums.of(np.array([2.0, 1.0, 0.5, 0.0]), np.array([1.0, 1.0, 1.0, -3.0]), np.full(4, 0.5))
-    assert sums.metrics() == {"loss": 0.5, "accuracy": 0.5, "reward_margin": 0.875, "num_pairs": 4}
+    assert sums.metrics() == {"loss": 0.5, "accuracy": 0.5, "margin": 0.875, "num_pairs": 4}
 
 
 @settings(max_examples=30, deadline=None)
