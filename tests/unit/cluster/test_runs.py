@@ -34,7 +34,7 @@ def test_the_newest_run_is_the_one_that_was_changed_last(tmp_path: Path) -> None
     assert run_directories(tmp_path, "newsroom") == [new, old]
     assert newest_run(tmp_path, "newsroom") == new
     with pytest.raises(
-        UsageError, match="job speeches has no run in .*; start one with `manta train CONFIG speeches`"
+        UsageError, match=r"job speeches has no run in .*; start one with `manta train CONFIG speeches`"
     ):
         newest_run(tmp_path, "speeches")
 
