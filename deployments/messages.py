@@ -2,9 +2,9 @@
 
 Two conversations use them, both over :mod:`deployments.channel`:
 
-    gateway -> replica   Generate | Embed | Tokenize | Detokenize | Cancel
-    replica -> gateway   Replies(Started, Delta*, Finished | Refused) | Embedded | Tokenized | Detokenized | Refused;
-                         Load, unasked
+    gateway -> replica   Generate | Embed | Classify | Tokenize | Detokenize | Cancel
+    replica -> gateway   Replies(Started, Delta*, Finished | Refused) | Embedded | Classified | Tokenized
+                         | Detokenized | Refused; Load, unasked
     replica -> stage     CompactStep | EmbedInput
     stage   -> stage     Hidden (one tensor); from the last to the first: Chosen
     stage   -> replica   StepOutput | EmbedOutput | StageFailed
@@ -154,6 +154,14 @@ class Embed(Message, frozen=True, kw_only=True):
     deadline_s: float
 
 
+class Classify(Message, frozen=True, kw_only=True):
+    """The probability of every label for each input; an input is text or token ids."""
+
+    request_id: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    deadline_s: float
+
+
 class Tokenize(Message, frozen=True, kw_only=True):
     """Token ids of a prompt, without generating."""
 
@@ -237,6 +245,15 @@ class Embedded(Message, frozen=True, kw_only=True):
     request_id: str
     num_vectors: int
     dimensions: int
+    num_prompt_tokens: int
+
+
+class Classified(Message, frozen=True, kw_only=True):
+    """Probabilities follow as one float32 buffer, shape [num_inputs, len(labels)], in input order."""
+
+    request_id: str
+    labels: tuple[str, ...]
+    num_inputs: int
     num_prompt_tokens: int
 
 
@@ -324,8 +341,8 @@ class Opened(Message, frozen=True, kw_only=True):
     role: Literal["gateway", "replica", "previous_stage"]
 
 
-GatewayToReplica = Opened | Generate | Embed | Tokenize | Detokenize | Cancel
-ReplicaToGateway = Replies | Embedded | Tokenized | Detokenized | Refused | Load
+GatewayToReplica = Opened | Generate | Embed | Classify | Tokenize | Detokenize | Cancel
+ReplicaToGateway = Replies | Embedded | Classified | Tokenized | Detokenized | Refused | Load
 
 
 # --- replica and stages ----------------------------------------------------------------------------------------
@@ -459,7 +476,7 @@ class StepOutput(Message, frozen=True, kw_only=True):
 
 
 class EmbedInput(Message, frozen=True, kw_only=True):
-    """One batch of an embedding model; every item is a tokenized input with its special tokens."""
+    """One batch of a model of vectors (an embedding, or probabilities); an item is a tokenized input, whole."""
 
     step: int
     inputs: tuple[tuple[int, ...], ...]
@@ -495,10 +512,12 @@ AnyMessage = (
     Opened
     | Generate
     | Embed
+    | Classify
     | Tokenize
     | Detokenize
     | Cancel
     | Embedded
+    | Classified
     | Tokenized
     | Detokenized
     | Refused

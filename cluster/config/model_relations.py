@@ -67,14 +67,14 @@ def _replica_range(config: ClusterConfig, index: int) -> Iterator[Finding]:
         )
 
 
-def _embedding_has_one_stage(config: ClusterConfig, index: int) -> Iterator[Finding]:
+def _only_generation_has_stages(config: ClusterConfig, index: int) -> Iterator[Finding]:
     model = config.models[index]
     stages = model.pipeline.stages
-    if model.task == "embed" and stages != "auto" and stages > 1:
+    if model.task != "generate" and stages != "auto" and stages > 1:
         yield Finding(
             at=_at(index, "pipeline", "stages"),
-            message="is more than an embedding model can have",
-            limit="1 with task embed",
+            message=f"is more than a model with task {model.task} can have",
+            limit=f"1 with task {model.task}",
             remedy="set stages to 1, or add replicas to use more machines",
         )
 
@@ -329,7 +329,7 @@ MODEL_RULES: tuple[ModelRule, ...] = (
     _cache_holds_a_context,
     _cache_is_whole_blocks,
     _replica_range,
-    _embedding_has_one_stage,
+    _only_generation_has_stages,
     _step_holds_a_token_each,
     _step_timeout_is_shorter,
     _digest_has_one_file,

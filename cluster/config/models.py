@@ -9,7 +9,7 @@ from cluster.config.base import AUTO, AUTO_OR_NUMBER, NUMBER, Name, PositiveSeco
 from cluster.config.nodes import Amount
 from cluster.config.sources import Source
 
-Task = Literal["generate", "embed"]
+Task = Literal["generate", "embed", "classify"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
 Kernels = Literal["auto", "native", "torch"]
@@ -148,7 +148,7 @@ class ModelConfig(StrictModel):
     sha256: Annotated[str, BeforeValidator(_check_sha256, json_schema_input_type=str)] | None = None
     """SHA-256 of the downloaded wheel or the single file; other bytes are refused."""
     task: Task = "generate"
-    """``generate`` writes text, ``embed`` turns text into vectors."""
+    """``generate`` writes text, ``embed`` turns text into vectors, ``classify`` into labels with probabilities."""
     dtype: Dtype = "bfloat16"
     """Number format of weights and computation; ``float32`` is exact and twice the size."""
     engine: Annotated[Engine, Field(discriminator="kind")] = MantaEngine()

@@ -67,6 +67,12 @@ class Gateway:
         answer = self._post("/v1/embeddings", {"model": model, "input": text}).json()
         return list(answer["data"][0]["embedding"])
 
+    def classify(self, model: str, text: str) -> dict[str, float]:
+        """The probability of each label of ``text``, the most likely first."""
+        answer = self._post("/v1/classify", {"model": model, "input": text}).json()
+        found = zip(answer["labels"], answer["data"][0]["probs"], strict=True)
+        return dict(sorted(found, key=lambda pair: -pair[1]))
+
     def _post(self, path: str, body: dict[str, Any], *, stream: bool = False) -> requests.Response:
         try:
             response = self._session.post(

@@ -22,7 +22,7 @@ _ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What one model made of the sample: an answer to a question, the rest of a sentence, or a vector."""
+    """What one model made of the sample: an answer to a question, the rest of a sentence, a vector or labels."""
 
     model: str
     question: str
@@ -62,6 +62,10 @@ def _ask(gateway: Gateway, model: ModelPlan) -> Answer:
         vector = gateway.embed(model.name, SENTENCE)
         first = ", ".join(f"{value:.3f}" for value in vector[:3])
         return Answer(model=model.name, question=SENTENCE, text=f"[{first}, ...] ({len(vector)} numbers)")
+    if model.task == "classify":
+        found = list(gateway.classify(model.name, SENTENCE).items())[:3]
+        text = ", ".join(f"{label} {probability:.0%}" for label, probability in found)
+        return Answer(model=model.name, question=SENTENCE, text=text)
     if not model.chats:
         text = gateway.complete(model.name, BEGINNING, max_tokens=_ANSWER_TOKENS)
         return Answer(model=model.name, question=BEGINNING, text=text.strip())
@@ -92,9 +96,9 @@ def next_steps(
 
 
 def _try_lines(url: str, model: ModelPlan, chat: str) -> list[str]:
-    if model.task == "embed":
+    if model.task != "generate":
         body = f'{{"model": "{model.name}", "input": "Hello"}}'
-        return [_curl(f"{url}/v1/embeddings", body)]
+        return [_curl(f"{url}/v1/{'embeddings' if model.task == 'embed' else 'classify'}", body)]
     if not model.chats:
         body = f'{{"model": "{model.name}", "prompt": "{BEGINNING}", "max_tokens": {_ANSWER_TOKENS}}}'
         return [_curl(f"{url}/v1/completions", body)]

@@ -157,7 +157,7 @@ def _with_stages(
     code_digest: str,
     ranges: tuple[Range, ...],
 ) -> ModelApp:
-    num_blocks = 0 if model.task == "embed" else model.num_kv_blocks
+    num_blocks = model.num_kv_blocks if model.task == "generate" else 0
     threads = model.pipeline.threads
     return ModelApp(
         app=f"{model.name}-{version.version}",

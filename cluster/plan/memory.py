@@ -84,7 +84,7 @@ def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype, kernels: Kernels = "torc
 
 def kv_bytes(facts: ModelFacts, shape: StepShape, num_layers: int) -> int:
     """Bytes of the paged KV cache of ``num_layers`` layers; nothing for a model that keeps no past."""
-    if facts.task == "embed":
+    if facts.task != "generate":
         return 0
     per_token = kv_bytes_per_token(facts, shape.dtype, shape.kernels)
     return shape.num_blocks * shape.block_tokens * num_layers * per_token
@@ -92,7 +92,7 @@ def kv_bytes(facts: ModelFacts, shape: StepShape, num_layers: int) -> int:
 
 def activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool) -> int:
     """Most bytes of intermediate tensors at once, in one step of ``max_step_tokens`` tokens."""
-    last = last and facts.task != "embed"
+    last = last and facts.task == "generate"
     return _most(
         {
             "torch": _torch_activation_bytes(facts, shape, last=last),

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.errors import RegistryError
 from cluster.plan.types import ModelFacts
+from cluster.registry.labels import task_mistake
 from cluster.registry.manifest import ModelVersion
 from cluster.registry.sources.screen import read_header
 from cluster.registry.store import Registry
@@ -38,6 +39,9 @@ class _Counts:
 def read_facts(registry: Registry, version: ModelVersion) -> ModelFacts:
     """What planning must know of ``version``; RegistryError naming the key or the number that does not fit."""
     whole = json.loads(registry.read_file(version, "config.json"))
+    mistake = task_mistake(whole, version.task)
+    if mistake is not None:
+        raise RegistryError(f"{version.reference} was published for task {version.task}, but {mistake}")
     config = whole.get("text_config") or whole
     numbers = _Numbers(config, version)
     num_layers = numbers.read("num_hidden_layers")

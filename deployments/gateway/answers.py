@@ -204,8 +204,8 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True):
     embedding: list[float] | str
 
 
-class EmbeddingUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of an embedding request."""
+class InputUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of a request that generates none."""
 
     prompt_tokens: int
     total_tokens: int
@@ -217,7 +217,28 @@ class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["list"]
     data: list[Embedding]
     model: str
-    usage: EmbeddingUsage
+    usage: InputUsage
+
+
+class Classification(msgspec.Struct, frozen=True, kw_only=True):
+    """What one input is: its most likely label, and the probability of each, in the order of ``labels``."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassificationList(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``POST /v1/classify``, in input order; ``labels`` are all that the model knows."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    labels: list[str]
+    data: list[Classification]
+    usage: InputUsage
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,7 +276,7 @@ class HealthModel(msgspec.Struct, frozen=True, kw_only=True):
     """One served model, how many replicas it has, and how busy they are."""
 
     model: str
-    task: Literal["generate", "embed"]
+    task: Literal["generate", "embed", "classify"]
     num_replicas: int
     num_running: int
     num_waiting: int

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from cluster.plan.types import Route, RoutingTable, Task
 from deployments.messages import (
+    Classified,
+    Classify,
     Delta,
     Detokenize,
     Detokenized,
@@ -83,6 +85,10 @@ class Backend(Protocol):
 
     async def embed(self, model: str, request: Embed) -> tuple[Embedded, NDArray[np.float32]]:
         """One vector per input, shape [num_vectors, dimensions]."""
+        ...
+
+    async def classify(self, model: str, request: Classify) -> tuple[Classified, NDArray[np.float32]]:
+        """The probability of every label for each input, shape [num_inputs, num_labels]."""
         ...
 
     async def tokenize(self, model: str, request: Tokenize) -> Tokenized:

@@ -16,7 +16,9 @@ from deployments.gateway.errors import ApiError, ClientGone
 from deployments.gateway.protocol import STALL_TIMEOUT_S, STALLED
 from deployments.gateway.telemetry import Telemetry
 
-MODEL_ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"})
+MODEL_ENDPOINTS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify", "/tokenize", "/detokenize"}
+)
 MAX_REQUEST_ID_CHARS = 128
 
 logger = logging.getLogger(__name__)

@@ -16,12 +16,14 @@ from starlette.responses import Response
 from cluster.plan.types import Route, Task
 from deployments.gateway.admission import Permits
 from deployments.gateway.answers import (
+    Classification,
+    ClassificationList,
     DetokenizeResponse,
     Embedding,
     EmbeddingList,
-    EmbeddingUsage,
     HealthModel,
     HealthResponse,
+    InputUsage,
     ModelCard,
     ModelList,
     TokenizeResponse,
@@ -37,6 +39,7 @@ from deployments.gateway.invalid import validate
 from deployments.gateway.merge import MergedStreams
 from deployments.gateway.openai import (
     ChatCompletionRequest,
+    ClassificationRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
@@ -46,6 +49,7 @@ from deployments.gateway.openai import (
 )
 from deployments.gateway.openapi import (
     CHAT,
+    CLASSIFY,
     COMPLETIONS,
     DETOKENIZE,
     EMBEDDINGS,
@@ -61,12 +65,13 @@ from deployments.gateway.tool_chunks import CallingChunkEncoder
 from deployments.gateway.translate import (
     Generation,
     chat_generation,
+    classify_message,
     completion_generation,
     embed_message,
     find_route,
     tokenize_message,
 )
-from deployments.messages import Detokenize, Embedded
+from deployments.messages import Classified, Detokenize, Embedded
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -89,6 +94,7 @@ class Endpoints:
             "/v1/chat/completions": self.chat_completions,
             "/v1/completions": self.completions,
             "/v1/embeddings": self.embeddings,
+            "/v1/classify": self.classify,
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
         }
@@ -98,6 +104,7 @@ class Endpoints:
         self._add(app, "POST", "/v1/chat/completions", self.chat_completions, CHAT)
         self._add(app, "POST", "/v1/completions", self.completions, COMPLETIONS)
         self._add(app, "POST", "/v1/embeddings", self.embeddings, EMBEDDINGS)
+        self._add(app, "POST", "/v1/classify", self.classify, CLASSIFY)
         self._add(app, "GET", "/v1/models", self.models, MODELS)
         self._add(app, "GET", "/v1/models/{model:path}", self.model, MODEL)
         self._add(app, "POST", "/tokenize", self.tokenize, TOKENIZE)
@@ -130,6 +137,16 @@ class Endpoints:
             text = f"Invalid 'dimensions': the model has {embedded.dimensions}, got {body.dimensions}."
             raise ApiError("unsupported_value", text, param="dimensions")
         return _json(_embedding_list(route.model, embedded, vectors, body.encoding_format == "base64"))
+
+    async def classify(self, request: Request) -> Response:
+        """The most likely label of every input, with the probabilities of all."""
+        call, body, route = await self._open(request, ClassificationRequest, "classify")
+        message = classify_message(body, call)
+        async with call.limit():
+            work = self._backend.classify(route.model, message)
+            classified, probabilities = await while_connected(work, request.receive)
+        call.num_prompt_tokens = classified.num_prompt_tokens
+        return _json(_classification_list(call, route.model, classified, probabilities))
 
     async def models(self) -> Response:
         """The served models."""
@@ -255,7 +272,26 @@ def _embedding_list(model: str, embedded: Embedded, vectors: NDArray[np.float32]
     ]
     num_tokens = embedded.num_prompt_tokens
     return EmbeddingList(
-        object="list", data=data, model=model, usage=EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
+        object="list", data=data, model=model, usage=InputUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
+    )
+
+
+def _classification_list(
+    call: Call, model: str, classified: Classified, probabilities: NDArray[np.float32]
+) -> ClassificationList:
+    labels, num_tokens = list(classified.labels), classified.num_prompt_tokens
+    data = [
+        Classification(index=index, label=labels[int(row.argmax())], probs=row.tolist(), num_classes=len(labels))
+        for index, row in enumerate(probabilities)
+    ]
+    return ClassificationList(
+        id=f"classify-{call.unique_id}",
+        object="list",
+        created=int(time.time()),
+        model=model,
+        labels=labels,
+        data=data,
+        usage=InputUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
     )
 
 

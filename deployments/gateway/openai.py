@@ -198,25 +198,34 @@ class CompletionRequest(GenerationRequest):
     """Return the log-probability of every generated token, and of so many alternatives."""
 
 
-class EmbeddingRequest(ModelRequest):
-    """Body of ``POST /v1/embeddings``."""
+class InputsRequest(ModelRequest):
+    """What requests about whole texts have in common."""
 
     input: Inputs
-    """A text, texts, token ids, or lists of token ids; one vector for each."""
-    encoding_format: Literal["float", "base64"] | None = None
-    """``base64`` is the bytes of little-endian float32 numbers; default ``float``."""
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-    """Only the model's own number of dimensions is possible."""
+    """A text, texts, token ids, or lists of token ids; one answer for each."""
     user: Annotated[str, Field(max_length=512)] | None = None
     """Who asks, for the operator's logs."""
 
     @model_validator(mode="after")
-    def _no_empty_text(self) -> "EmbeddingRequest":
+    def _no_empty_text(self) -> "InputsRequest":
         for index, item in enumerate(self.input):
             if item == "":
                 at = "input" if len(self.input) == 1 else f"input[{index}]"
                 raise PydanticCustomError("empty_string", "expected some text", {"at": at})
         return self
+
+
+class ClassificationRequest(InputsRequest):
+    """Body of ``POST /v1/classify``; vLLM's ``/classify``, and no endpoint of OpenAI's."""
+
+
+class EmbeddingRequest(InputsRequest):
+    """Body of ``POST /v1/embeddings``."""
+
+    encoding_format: Literal["float", "base64"] | None = None
+    """``base64`` is the bytes of little-endian float32 numbers; default ``float``."""
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Only the model's own number of dimensions is possible."""
 
 
 class TokenizeRequest(ModelRequest):

@@ -54,13 +54,14 @@ COMPLETIONS = Documented(
     tag="Generation", request=openai.CompletionRequest, answer=answers.Completion, chunk=answers.CompletionChunk
 )
 EMBEDDINGS = Documented(tag="Embeddings", request=openai.EmbeddingRequest, answer=answers.EmbeddingList)
+CLASSIFY = Documented(tag="Classification", request=openai.ClassificationRequest, answer=answers.ClassificationList)
 MODELS = Documented(tag="Models", answer=answers.ModelList)
 MODEL = Documented(tag="Models", answer=answers.ModelCard)
 TOKENIZE = Documented(tag="Tokens", request=openai.TokenizeRequest, answer=answers.TokenizeResponse)
 DETOKENIZE = Documented(tag="Tokens", request=openai.DetokenizeRequest, answer=answers.DetokenizeResponse)
 HEALTH = Documented(tag="Health", answer=answers.HealthResponse)
 
-_ALL = (CHAT, COMPLETIONS, EMBEDDINGS, MODELS, MODEL, TOKENIZE, DETOKENIZE, HEALTH)
+_ALL = (CHAT, COMPLETIONS, EMBEDDINGS, CLASSIFY, MODELS, MODEL, TOKENIZE, DETOKENIZE, HEALTH)
 
 
 def document(app: FastAPI) -> dict[str, Any]:

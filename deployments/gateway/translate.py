@@ -15,6 +15,7 @@ from deployments.gateway.conversation import ChatMessage
 from deployments.gateway.errors import ApiError
 from deployments.gateway.openai import (
     ChatCompletionRequest,
+    ClassificationRequest,
     CompletionRequest,
     EmbeddingRequest,
     GenerationRequest,
@@ -23,6 +24,7 @@ from deployments.gateway.openai import (
 from deployments.gateway.tools import Tool
 from deployments.messages import (
     ChatPrompt,
+    Classify,
     Embed,
     Generate,
     Prompt,
@@ -39,6 +41,7 @@ _MAX_LISTED_MODELS = 20
 _ENDPOINTS: dict[Task, str] = {
     "generate": "/v1/chat/completions or /v1/completions",
     "embed": "/v1/embeddings",
+    "classify": "/v1/classify",
 }
 _SAME_NAME = (
     "n",
@@ -118,6 +121,11 @@ def completion_generation(request: CompletionRequest, route: Route, call: Call) 
 def embed_message(request: EmbeddingRequest, call: Call) -> Embed:
     """All inputs of an embedding request."""
     return Embed(request_id=call.backend_id(), inputs=request.input, deadline_s=call.remaining_s)
+
+
+def classify_message(request: ClassificationRequest, call: Call) -> Classify:
+    """All inputs of a classification request."""
+    return Classify(request_id=call.backend_id(), inputs=request.input, deadline_s=call.remaining_s)
 
 
 def tokenize_message(request: TokenizeRequest, call: Call) -> Tokenize:

@@ -17,11 +17,14 @@ from numpy import float32
 from numpy.typing import NDArray
 from ray.util.placement_group import PlacementGroup
 
-from cluster.plan.types import ModelAppArgs, ReplicaSettings
+from cluster.plan.types import ModelAppArgs, ReplicaSettings, Task
+from cluster.registry.labels import read_labels
 from cluster.registry.materialize import materialize
 from cluster.registry.store import Registry
 from deployments.channel import Channel, Listener
 from deployments.messages import (
+    Classified,
+    Classify,
     Delta,
     Detokenize,
     Detokenized,
@@ -54,10 +57,16 @@ from deployments.stage.nodes import DrainingNodes
 
 logger = logging.getLogger(__name__)
 
-Asked = TypeVar("Asked", Generate, Embed)
+Asked = TypeVar("Asked", Generate, Embed, Classify)
 
 _WARM_UP_TIMEOUT_S = 300.0
 _REPORT_S = 1.0
+
+_WHAT_TASKS_DO: dict[Task, str] = {
+    "generate": "writes text; ask /v1/chat/completions or /v1/completions",
+    "embed": "embeds; ask /v1/embeddings",
+    "classify": "classifies; ask /v1/classify",
+}
 
 # Where and how much at once, but not what: keys of ModelAppArgs that no token depends on.
 _HARMLESS = (
@@ -85,13 +94,16 @@ class ReplicaService:
         replica_id: str,
         tokenizer: TextTokenizer,
         grammars: GrammarChecker,
+        labels: tuple[str, ...],
         stages: StageGroup,
     ) -> None:
+        """``labels`` are those of a classifier, else empty."""
         self._args = args
         self._settings: ReplicaSettings | None = None
         self._replica_id = replica_id
         self._tokenizer = tokenizer
         self._grammars = grammars
+        self._labels = labels
         self._stages = stages
         self._telemetry = ReplicaTelemetry(model=args.model, version=args.version)
         self._listener = Listener(self._converse)
@@ -108,9 +120,9 @@ class ReplicaService:
         """
         stages = StageGroup(args, group, replica_id)
         try:
-            loading = asyncio.to_thread(_load_tokenizer, args)
-            link, (tokenizer, grammars) = await asyncio.gather(stages.start(), loading)
-            service = cls(args, replica_id, tokenizer, grammars, stages)
+            loading = asyncio.to_thread(_load_texts, args)
+            link, (tokenizer, grammars, labels) = await asyncio.gather(stages.start(), loading)
+            service = cls(args, replica_id, tokenizer, grammars, labels, stages)
             await service._start_engine(link)
             await service._listener.start(ray.util.get_node_ip_address())
         except BaseException:
@@ -120,7 +132,7 @@ class ReplicaService:
 
     async def _start_engine(self, link: StageLink) -> None:
         args = self._args
-        if args.task == "embed":
+        if args.task != "generate":
             self._engine = EmbedEngine(_embed_config(args), self._tokenizer, link)
         else:
             self._engine = Engine(
@@ -188,17 +200,37 @@ class ReplicaService:
     def generate(self, request: Generate) -> AsyncGenerator[Started | Delta | Finished]:
         """Events of one request; raises RequestRefused."""
         if isinstance(self._engine, EmbedEngine):
-            raise self._wrong_task(request.request_id, "embeds; ask /v1/embeddings")
+            raise self._wrong_task(request.request_id)
         return self._engine.submit(within(request, self._settings))
 
     async def embed(self, request: Embed) -> tuple[Embedded, NDArray[float32]]:
         """One vector per input; raises RequestRefused."""
-        if isinstance(self._engine, Engine):
-            raise self._wrong_task(request.request_id, "generates; ask /v1/chat/completions")
+        if self._args.task != "embed" or isinstance(self._engine, Engine):
+            raise self._wrong_task(request.request_id)
         return await self._engine.embed(within(request, self._settings))
 
-    def _wrong_task(self, request_id: str, what: str) -> RequestRefused:
-        return refuse(request_id, "unsupported", f"model {self._args.model!r} {what}")
+    async def classify(self, request: Classify) -> tuple[Classified, NDArray[float32]]:
+        """The probability of every label for each input; raises RequestRefused.
+
+        To the engine, a classifier is an embedding model whose vectors are probabilities.
+        """
+        if self._args.task != "classify" or isinstance(self._engine, Engine):
+            raise self._wrong_task(request.request_id)
+        asked = within(request, self._settings)
+        embedded, probabilities = await self._engine.embed(
+            Embed(request_id=asked.request_id, inputs=asked.inputs, deadline_s=asked.deadline_s)
+        )
+        classified = Classified(
+            request_id=asked.request_id,
+            labels=self._labels,
+            num_inputs=embedded.num_vectors,
+            num_prompt_tokens=embedded.num_prompt_tokens,
+        )
+        return classified, probabilities
+
+    def _wrong_task(self, request_id: str) -> RequestRefused:
+        does = _WHAT_TASKS_DO[self._args.task]
+        return refuse(request_id, "unsupported", f"model {self._args.model!r} {does}", param="model")
 
     def configure(self, settings: ReplicaSettings) -> None:
         """Take over new settings; requests under way keep the time they were given."""
@@ -269,11 +301,14 @@ def product_digest(args: ModelAppArgs) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _load_tokenizer(args: ModelAppArgs) -> tuple[TextTokenizer, GrammarChecker]:
+def _load_texts(args: ModelAppArgs) -> tuple[TextTokenizer, GrammarChecker, tuple[str, ...]]:
+    """Tokenizer, judge of grammars, and a classifier's labels."""
     registry = Registry(args.storage)
     directory = materialize(registry, registry.get(args.registry_name or args.model, args.version))
     tool_format = None if args.tool_parser == "auto" else args.tool_parser
-    return TextTokenizer.load(directory, tool_format=tool_format), GrammarChecker(directory / "tokenizer.json")
+    labels = read_labels(json.loads((directory / "config.json").read_text())) if args.task == "classify" else ()
+    tokenizer = TextTokenizer.load(directory, tool_format=tool_format)
+    return tokenizer, GrammarChecker(directory / "tokenizer.json"), labels
 
 
 def _engine_config(args: ModelAppArgs) -> EngineConfig:

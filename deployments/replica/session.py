@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from deployments.channel import Channel, ChannelError
 from deployments.messages import (
     Cancel,
+    Classified,
+    Classify,
     Delta,
     Detokenize,
     Detokenized,
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 LOAD_PERIOD_S = 1.0
 
+Asked = Generate | Embed | Classify | Tokenize | Detokenize
 StreamReply = Started | Delta | Finished | Refused
 
 
@@ -50,6 +53,9 @@ class Service(Protocol):
 
     async def embed(self, request: Embed) -> tuple[Embedded, NDArray[float32]]:
         """One vector per input."""
+
+    async def classify(self, request: Classify) -> tuple[Classified, NDArray[float32]]:
+        """The probability of every label for each input."""
 
     def tokenize(self, request: Tokenize) -> Tokenized:
         """Token ids of a prompt; called on a thread."""
@@ -110,7 +116,7 @@ class GatewaySession:
                 message, _ = await self._channel.receive()
                 if isinstance(message, Cancel):
                     self._cancel(message.request_id)
-                elif isinstance(message, Generate | Embed | Tokenize | Detokenize):
+                elif isinstance(message, Asked):
                     self._begin(message)
                 else:
                     logger.error("a gateway sent a %s; closing", type(message).__name__)
@@ -128,7 +134,7 @@ class GatewaySession:
         if task is not None:
             task.cancel()
 
-    def _begin(self, request: Generate | Embed | Tokenize | Detokenize) -> None:
+    def _begin(self, request: Asked) -> None:
         if request.request_id in self._tasks:
             self._outbox.put(
                 refuse(request.request_id, "invalid_request", "this request id is already in use").refused
@@ -138,7 +144,7 @@ class GatewaySession:
         self._tasks[request.request_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
 
-    async def _answer(self, request: Generate | Embed | Tokenize | Detokenize) -> None:
+    async def _answer(self, request: Asked) -> None:
         begin = time.monotonic()
         outcome = "cancelled"
         try:
@@ -148,7 +154,7 @@ class GatewaySession:
             kind = type(request).__name__.lower()
             logger.info("%s ended after %.3f s: %s", kind, time.monotonic() - begin, outcome, extra=extra)
 
-    async def _try_answer(self, request: Generate | Embed | Tokenize | Detokenize) -> str:
+    async def _try_answer(self, request: Asked) -> str:
         """Answer and say how it ended: ``done``, ``refused``, ``unreachable`` or ``failed``."""
         try:
             match request:
@@ -157,6 +163,9 @@ class GatewaySession:
                 case Embed():
                     embedded, vectors = await self._service.embed(request)
                     await self._channel.send(embedded, [vectors.tobytes()])
+                case Classify():
+                    classified, probabilities = await self._service.classify(request)
+                    await self._channel.send(classified, [probabilities.tobytes()])
                 case Tokenize():
                     await self._channel.send(await asyncio.to_thread(self._service.tokenize, request))
                 case Detokenize():

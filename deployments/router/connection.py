@@ -10,6 +10,8 @@ import msgspec
 from deployments.channel import Channel, ChannelClosed, ChannelError
 from deployments.messages import (
     Cancel,
+    Classified,
+    Classify,
     Delta,
     Detokenize,
     Detokenized,
@@ -27,8 +29,8 @@ from deployments.messages import (
     Tokenized,
 )
 
-Request = Generate | Embed | Tokenize | Detokenize
-Reply = Started | Delta | Finished | Embedded | Tokenized | Detokenized | Refused
+Request = Generate | Embed | Classify | Tokenize | Detokenize
+Reply = Started | Delta | Finished | Embedded | Classified | Tokenized | Detokenized | Refused
 
 SILENCE_S = 15.0
 """A replica tells its load about once a second; one that is silent for so long is lost, as its node may be."""

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from cluster.plan.types import Route, RoutingTable
 from deployments.gateway.backend import Event, Health, ModelHealth
 from deployments.messages import (
+    Classified,
+    Classify,
     Detokenize,
     Detokenized,
     Embed,
@@ -136,6 +138,13 @@ class Router:
         assert isinstance(reply, Embedded)
         vectors = np.frombuffer(buffers[0], dtype=np.float32)
         return reply, vectors.reshape(reply.num_vectors, reply.dimensions)
+
+    async def classify(self, model: str, request: Classify) -> tuple[Classified, NDArray[np.float32]]:
+        """The probability of every label for each input."""
+        reply, buffers = await self._ask(model, request, request.deadline_s)
+        assert isinstance(reply, Classified)
+        probabilities = np.frombuffer(buffers[0], dtype=np.float32)
+        return reply, probabilities.reshape(reply.num_inputs, len(reply.labels))
 
     async def tokenize(self, model: str, request: Tokenize) -> Tokenized:
         """Token ids of a prompt."""

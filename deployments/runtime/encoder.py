@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
+from deployments.runtime.padding import pad
 from deployments.runtime.support import UnsupportedModelError
 
 Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -111,12 +112,7 @@ class EncoderRunner:
     @torch.inference_mode()
     def embed(self, inputs: Sequence[Sequence[int]]) -> np.ndarray:
         """One float32 vector per tokenized input, shape [len(inputs), D]; inputs must not be empty."""
-        longest = max(len(token_ids) for token_ids in inputs)
-        ids_BT = torch.full((len(inputs), longest), self._padding_id, device=self._device)
-        mask_BT = torch.zeros((len(inputs), longest), dtype=torch.int64, device=self._device)
-        for index, token_ids in enumerate(inputs):
-            ids_BT[index, : len(token_ids)] = torch.tensor(token_ids, device=self._device)
-            mask_BT[index, : len(token_ids)] = 1
+        ids_BT, mask_BT = pad(inputs, self._padding_id, self._device)
         hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
         vectors_BD = _POOLS[self._pooling.mode](hidden_BTD, mask_BT).float()
         if self._pooling.normalize:

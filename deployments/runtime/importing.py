@@ -181,7 +181,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m deployments.runtime.importing", description=__doc__)
     parser.add_argument("--source", type=Path, required=True, help="a .gguf file, or a directory with safetensors")
     parser.add_argument("--out", type=Path, required=True, help="an empty or new directory")
-    parser.add_argument("--task", choices=("generate", "embed"), required=True)
+    parser.add_argument("--task", choices=("generate", "embed", "classify"), required=True)
     parser.add_argument("--dtype", choices=tuple(DTYPES), required=True)
     parser.add_argument(
         "--end-with-stdin", action="store_true", help="exit when standard input closes: the caller died"

@@ -14,6 +14,11 @@ from deployments.runtime.settings import DTYPES, RunnerConfig, StageSlice
 from deployments.stage.telemetry import StageTelemetry
 from deployments.stage.worker import EmbedRunner, StagePosition, StageWorker
 
+_VECTOR_RUNNERS = {
+    "embed": ("deployments.runtime.encoder", "EncoderRunner"),
+    "classify": ("deployments.runtime.classifier", "ClassifierRunner"),
+}
+
 
 class LoadedStage:
     """The weights of one stage, and a worker that is renewed whenever the stage begins to listen."""
@@ -29,9 +34,10 @@ class LoadedStage:
     def _load(self, directory: Path) -> StageRunner | EmbedRunner:
         args, plan = self._args, self._plan
         dtype, device = DTYPES[args.dtype], torch.device(args.device)
-        if args.task == "embed":
-            encoder = importlib.import_module("deployments.runtime.encoder")  # and transformers with it: seconds
-            runner: EmbedRunner = encoder.EncoderRunner(directory, dtype=dtype, device=device)
+        if args.task != "generate":
+            module, name = _VECTOR_RUNNERS[args.task]
+            kind = getattr(importlib.import_module(module), name)  # and transformers with it: seconds
+            runner: EmbedRunner = kind(directory, dtype=dtype, device=device)
             return runner
         part = StageSlice(
             start=plan.layer_start, stop=plan.layer_stop, is_first=plan.has_embedding, is_last=plan.has_head

@@ -64,10 +64,10 @@ class StepRunner(Protocol):
 
 
 class EmbedRunner(Protocol):
-    """A whole embedding model; see :class:`deployments.runtime.encoder.EncoderRunner`."""
+    """A whole model of vectors; see :mod:`deployments.runtime.encoder` and :mod:`deployments.runtime.classifier`."""
 
     def embed(self, inputs: tuple[tuple[int, ...], ...]) -> np.ndarray:
-        """One float32 vector per input, shape [len(inputs), dimensions]."""
+        """One float32 vector per input, shape [len(inputs), dimensions]; a classifier's are probabilities."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

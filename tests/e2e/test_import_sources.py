@@ -58,6 +58,18 @@ def test_path_directory(registry: Registry, tmp_path: Path) -> None:
     assert list((registry.cache / "work").glob("*/")) == []
 
 
+def test_a_checkpoint_is_imported_for_what_it_can_do(registry: Registry, tmp_path: Path) -> None:
+    labels = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "ham", "1": "spam"}}
+    classifier = f"path://{write_checkpoint(tmp_path / 'classifier', **labels)}"
+    with pytest.raises(SourceError, match=r"for task generate: LlamaForSequenceClass.* set task: classify"):
+        import_source(registry, "sorter", classifier, task="generate", dtype="float32")
+    writer = f"path://{write_checkpoint(tmp_path / 'writer')}"
+    with pytest.raises(SourceError, match="LlamaForCausalLM has no classification head"):
+        import_source(registry, "sorter", writer, task="classify", dtype="float32")
+    assert registry.names() == []
+    assert import_source(registry, "sorter", classifier, task="classify", dtype="float32").task == "classify"
+
+
 def test_changed_directory_is_another_version(registry: Registry, tmp_path: Path) -> None:
     source = f"path://{write_checkpoint(tmp_path / 'm')}"
     first = import_source(registry, "tiny", source, task="generate", dtype="float32")

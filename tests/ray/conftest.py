@@ -1,11 +1,12 @@
-"""One local cluster for the whole tier: a tiny chat model over two stages, and a tiny embedding model."""
+"""One local cluster for the whole tier: a tiny chat model over two stages, an embedding model, a classifier."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.running import Cluster, save_tiny_chat, save_tiny_encoder, write_cluster
+from tests.support.running import Cluster, save_tiny_chat, save_tiny_encoder, save_tiny_sorter, write_cluster
 
+LABELS = ("ham", "spam")
 STAGES = {"replica_cpus": 0.05, "stage_cpus": 0.1}
 
 
@@ -29,12 +30,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     save_tiny_chat(directory / "chat-a", seed=1)
     save_tiny_chat(directory / "chat-b", seed=2)
     save_tiny_encoder(directory / "encoder")
+    save_tiny_sorter(directory / "classifier", LABELS)
     models = [
         chat_model(str(directory / "chat-a")),
         {
             "name": "tiny-embed",
             "source": f"path://{directory / 'encoder'}",
             "task": "embed",
+            "dtype": "float32",
+            "context_tokens": 64,
+            "pipeline": {"stages": 1, "threads": 1},
+            "replicas": {"min": 1, "max": 1},
+        },
+        {
+            "name": "tiny-classify",
+            "source": f"path://{directory / 'classifier'}",
+            "task": "classify",
             "dtype": "float32",
             "context_tokens": 64,
             "pipeline": {"stages": 1, "threads": 1},

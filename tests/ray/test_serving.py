@@ -12,6 +12,7 @@ import requests
 from transformers import AutoModelForCausalLM
 
 from cluster.control.drill.asks import Ask
+from tests.ray.conftest import LABELS
 from tests.support.drilling import traffic
 from tests.support.running import Cluster
 from tests.support.tiny_models import greedy
@@ -72,6 +73,20 @@ def test_embeddings_have_one_vector_per_input(client: openai.OpenAI) -> None:
     answer = client.embeddings.create(model="tiny-embed", input=["hello world", "hello", "world"])
     assert [len(item.embedding) for item in answer.data] == [16, 16, 16]
     assert answer.data[0].embedding != answer.data[1].embedding
+
+
+def test_a_classifier_has_a_probability_for_every_label(client: openai.OpenAI) -> None:
+    answer = client.post(
+        "/classify", body={"model": "tiny-classify", "input": ["hello world", "world"]}, cast_to=dict
+    )
+    assert answer["labels"] == list(LABELS)
+    for item in answer["data"]:
+        assert sum(item["probs"]) == pytest.approx(1.0, abs=1e-6)
+        assert item["label"] == LABELS[item["probs"].index(max(item["probs"]))]
+    with pytest.raises(openai.BadRequestError, match="64 tokens, but input 0 has"):
+        client.post("/classify", body={"model": "tiny-classify", "input": "hello " * 80}, cast_to=dict)
+    with pytest.raises(openai.BadRequestError, match="call /v1/classify with it"):
+        complete(client, model="tiny-classify")
 
 
 def test_refusals_reach_the_client_with_their_reason(client: openai.OpenAI) -> None:

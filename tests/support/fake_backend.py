@@ -16,6 +16,8 @@ from deployments.gateway.backend import Event, Health, ModelHealth
 from deployments.messages import (
     ChatPrompt,
     ChosenLogprob,
+    Classified,
+    Classify,
     Delta,
     Detokenize,
     Detokenized,
@@ -39,6 +41,7 @@ from deployments.messages import (
 ALPHABET = "abcdefgh éß✓😀,.\n\u2028"
 END_AFTER = 24
 DIMENSIONS = 8
+LABELS = ("ham", "spam", "eggs")
 CONTEXT_TOKENS = 512
 
 SETTINGS = GatewaySettings(
@@ -58,11 +61,12 @@ def route(model: str, task: Task = "generate") -> Route:
 
 
 class FakeBackend:
-    """Serves ``writer`` (generate) and ``embedder`` (embed)."""
+    """Serves ``writer`` (generate), ``embedder`` (embed) and ``sorter`` (classify)."""
 
     def __init__(self, settings: GatewaySettings = SETTINGS) -> None:
-        self.table = RoutingTable(settings=settings, routes=(route("writer"), route("embedder", "embed")))
-        self.requests: list[Generate | Embed | Tokenize | Detokenize] = []
+        routes = (route("writer"), route("embedder", "embed"), route("sorter", "classify"))
+        self.table = RoutingTable(settings=settings, routes=routes)
+        self.requests: list[Generate | Embed | Classify | Tokenize | Detokenize] = []
         self.num_open = 0
         self.cancelled: list[str] = []
         self.changed = asyncio.Condition()
@@ -180,6 +184,19 @@ class FakeBackend:
             num_prompt_tokens=num_tokens,
         )
         return embedded, vectors
+
+    async def classify(self, model: str, request: Classify) -> tuple[Classified, NDArray[np.float32]]:
+        """Probabilities from the length of each input: all on the label of that number, counted round."""
+        self.requests.append(request)
+        if self.refuse is not None:
+            raise RequestRefused(self.refuse)
+        classified = Classified(
+            request_id=request.request_id,
+            labels=LABELS,
+            num_inputs=len(request.inputs),
+            num_prompt_tokens=sum(len(item) for item in request.inputs),
+        )
+        return classified, np.eye(len(LABELS), dtype=np.float32)[[len(item) % len(LABELS) for item in request.inputs]]
 
     async def tokenize(self, model: str, request: Tokenize) -> Tokenized:
         """Code points."""

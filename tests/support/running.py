@@ -13,7 +13,7 @@ import psutil
 import yaml
 
 from cluster.control.ports import is_free
-from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_classifier, save_tiny_model
 from tests.support.tiny_tokenizer import byte_level_tokenizer, wordpiece_tokenizer
 
 UP_TIMEOUT_S = 240
@@ -37,6 +37,14 @@ def save_tiny_chat(directory: Path, **overrides: Any) -> None:
     """A tiny Llama with a byte-level tokenizer and a chat template."""
     save_tiny_model(directory, "llama", **({"eos_token_id": 0, "pad_token_id": 1} | overrides))
     byte_level_tokenizer().save_pretrained(directory)
+
+
+def save_tiny_sorter(directory: Path, labels: tuple[str, ...]) -> None:
+    """A tiny BERT classifier with a WordPiece tokenizer."""
+    tokenizer = wordpiece_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": 3}
+    save_tiny_classifier(directory, "bert", labels, **sizes)
+    tokenizer.save_pretrained(directory)
 
 
 def save_tiny_encoder(directory: Path) -> None:

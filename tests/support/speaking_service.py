@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployments.messages import (
+    Classified,
+    Classify,
     Delta,
     Detokenize,
     Detokenized,
@@ -65,6 +67,10 @@ class SpeakingService:
         vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
         header = Embedded(request_id=request.request_id, num_vectors=2, dimensions=3, num_prompt_tokens=4)
         return header, vectors
+
+    async def classify(self, request: Classify) -> tuple[Classified, NDArray[np.float32]]:
+        header = Classified(request_id=request.request_id, labels=("no", "yes"), num_inputs=1, num_prompt_tokens=3)
+        return header, np.array([[0.25, 0.75]], dtype=np.float32)
 
     def tokenize(self, request: Tokenize) -> Tokenized:
         raise ValueError("a mistake of ours")

@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 320,
@@ -52,6 +58,25 @@ def save_tiny_model(directory: Path, model_type: str, **overrides: Any) -> PreTr
     model = tiny_model(model_type, **overrides)
     model.save_pretrained(directory)
     return model
+
+
+def save_tiny_classifier(
+    directory: Path, model_type: str, labels: tuple[str, ...], **overrides: Any
+) -> PreTrainedModel:
+    """A random classifier as ``save_pretrained`` leaves it, float32; returns it for comparison."""
+    torch.manual_seed(0)
+    names = dict(enumerate(labels))
+    common = {"id2label": names, "label2id": {name: index for index, name in names.items()}, "pad_token_id": 0}
+    config: PretrainedConfig = AutoConfig.for_model(
+        model_type, **(_COMMON | {"num_key_value_heads": 4} | common | overrides)
+    )
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(directory)
+    return model.eval()
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:

@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from cluster.config.models import Dtype, Task
 from cluster.config.sources import AnySource, HfSource, PathSource, RegistrySource, WheelSource, parse_source
 from cluster.errors import AliasConflict, SourceError
+from cluster.registry.labels import task_mistake
 from cluster.registry.manifest import Lineage, ModelVersion, VersionSpec, check_model_name
 from cluster.registry.progress import Progress, no_progress
 from cluster.registry.sources.convert import convert
@@ -194,10 +195,12 @@ def _publish(registry: Registry, wanted: _Wanted, fetched: _Fetched, work: Path,
     ready.mkdir()
     found: dict[str, Any] = {}
     if fetched.path.is_file():
+        _check_gguf_task(wanted)
         found = convert(fetched.path, ready, task=wanted.task, dtype=wanted.dtype, progress=progress)
         screened = screen(ready)
     else:
         screened = screen(fetched.path)
+        _check_task(screened.config, wanted)
         _assemble(screened, ready, wanted, progress)
     spec = VersionSpec(
         task=wanted.task,
@@ -213,6 +216,19 @@ def _publish(registry: Registry, wanted: _Wanted, fetched: _Fetched, work: Path,
         lineage=Lineage(code_digest=wanted.code_digest),
     )
     return registry.publish(wanted.name, ready, spec, progress=progress)
+
+
+def _check_task(config: dict[str, Any], wanted: _Wanted) -> None:
+    mistake = task_mistake(config, wanted.task)
+    if mistake is not None:
+        raise SourceError(f"{wanted.source} cannot be imported for task {wanted.task}: {mistake}")
+
+
+def _check_gguf_task(wanted: _Wanted) -> None:
+    if wanted.task == "classify":
+        raise SourceError(
+            f"{wanted.source}: a GGUF file holds no classification head; give a directory of safetensors"
+        )
 
 
 def _assemble(screened: Screened, ready: Path, wanted: _Wanted, progress: Progress) -> None:

@@ -130,7 +130,7 @@ MISTAKES = {
     "port too large": m("port: 8000", "port: 80000 #!\n   ", "gateway.http.port", "at most 65535", "1 to 65535"),
     "negative cores": m("CPU: 2", "CPU: -2", "cluster.nodes[0].resources.CPU", "at least 0", "from 0"),
     "wrong dtype": m("bfloat16", "bf16 #!", "models[0].dtype", "not one of the choices", "did you mean bfloat16?"),
-    "wrong task": in_model("task: chat #!", "task", "not one of the choices", "generate or embed"),
+    "wrong task": in_model("task: chat #!", "task", "not one of the choices", "generate, embed or classify"),
     "wrong kind": m("kind: local", "kind: locl", "cluster.provider.kind", "not a known kind", "did you mean local?"),
     "kind not written": m("{kind: local}", "local #!", "cluster.provider", "must say its kind", "`kind: local`"),
     "kind of the wrong type": m(
@@ -248,7 +248,13 @@ MISTAKES = {
     ),
     "replicas min over max": in_model("replicas: {min: 3, max: 2} #!", "replicas.min", "more than max", "max to 3"),
     "embed in stages": in_model(
-        "task: embed\npipeline: {stages: 2} #!", "pipeline.stages", "more than an embedding model", "set stages to 1"
+        "task: embed\npipeline: {stages: 2} #!",
+        "pipeline.stages",
+        "more than a model with task embed",
+        "set stages to 1",
+    ),
+    "classifier in stages": in_model(
+        "task: classify\npipeline: {stages: 2} #!", "pipeline.stages", "with task classify", "set stages to 1"
     ),
     "step under running": in_model(
         "batching: {max_running: 64, max_step_tokens: 32} #!", "batching.max_step_tokens", "running request", "lower"

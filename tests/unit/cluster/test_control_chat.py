@@ -18,7 +18,7 @@ from tests.unit.cluster.test_plan_build import both
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Echoes the last message word by word; refuses a model named nope; embeds as three numbers."""
+    """Echoes the last message word by word; refuses a model named nope; embeds as three numbers; knows two labels."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -27,6 +27,8 @@ class Endpoint(BaseHTTPRequestHandler):
             return self.reply(404, json.dumps({"error": {"message": "no model nope; served: smollm2"}}))
         if self.path.endswith("/embeddings"):
             return self.reply(200, json.dumps({"data": [{"embedding": [0.5, 0.25, 0.125]}]}))
+        if self.path.endswith("/v1/classify"):
+            return self.reply(200, json.dumps({"labels": ["sport", "tech"], "data": [{"probs": [0.125, 0.875]}]}))
         if self.path.endswith("/v1/completions"):
             return self.reply(200, json.dumps({"choices": [{"text": f" after {body['prompt']}"}]}))
         words = body["messages"][-1]["content"].split(" ")
@@ -145,6 +147,15 @@ def test_each_model_is_asked_in_its_own_way_and_the_answers_are_shown():
     ):
         assert part in text
     assert ".venv/bin/manta down q.yaml" in next_steps(config(), both(), "", (), "q.yaml", ".venv/bin/manta")
+
+
+def test_a_classifier_answers_with_its_likeliest_labels():
+    plan = both()
+    plan = plan.model_copy(update={"models": (plan.models[1].model_copy(update={"task": "classify"}),)})
+    with endpoint() as (gateway, _):
+        (answer,) = first_answers(gateway, plan.models, lambda _: None)
+    assert answer.text == "tech 88%, sport 12%"
+    assert "/v1/classify -H" in next_steps(config(), plan, "http://127.0.0.1:8265", [answer], "quick.yaml")
 
 
 def test_a_model_without_a_chat_template_is_given_a_beginning_to_go_on_from():

@@ -13,7 +13,7 @@ from cluster.registry.facts import read_facts
 from cluster.registry.manifest import VersionSpec
 from cluster.registry.store import Registry
 from tests.support.tiny_checkpoint import write_checkpoint
-from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_classifier, save_tiny_model
 
 
 def _facts(tmp_path: Path, directory: Path, task: str = "generate") -> ModelFacts:
@@ -73,6 +73,14 @@ def test_bert(tmp_path: Path) -> None:
     assert facts.embedding_params == sum(p.numel() for p in model.embeddings.parameters())
     assert (facts.tied_head, facts.head_params, facts.num_kv_heads, facts.head_dim) == (False, 0, 2, 8)
     assert facts.max_context_tokens == 40
+
+
+def test_a_classifier_is_counted_with_its_head(tmp_path: Path) -> None:
+    model = save_tiny_classifier(tmp_path / "model", "bert", ("ham", "spam", "eggs"))
+    facts = _facts(tmp_path, tmp_path / "model", task="classify")
+    assert (_total(facts), facts.num_layers, facts.tied_head) == (model.num_parameters(), 4, False)
+    with pytest.raises(RegistryError, match="published for task generate, but BertForSequenceClassification"):
+        _facts(tmp_path / "other", tmp_path / "model")
 
 
 def test_config_and_weights_that_do_not_belong_together(tmp_path: Path) -> None:

@@ -241,12 +241,36 @@ async def test_embeddings(client: AsyncOpenAI) -> None:
     assert decoded.tolist() == floats.data[0].embedding
 
 
+async def test_classification(client: AsyncOpenAI, backend: FakeBackend) -> None:
+    answer = await client.post("/classify", body={"model": "sorter", "input": ["four", "five!"]}, cast_to=dict)
+    assert answer.pop("id").startswith("classify-")
+    assert answer.pop("created") > 1_700_000_000
+    assert answer == {
+        "object": "list",
+        "model": "sorter",
+        "labels": ["ham", "spam", "eggs"],
+        "data": [
+            {"index": 0, "label": "spam", "probs": [0.0, 1.0, 0.0], "num_classes": 3},
+            {"index": 1, "label": "eggs", "probs": [0.0, 0.0, 1.0], "num_classes": 3},
+        ],
+        "usage": {"prompt_tokens": 9, "total_tokens": 9},
+    }
+    tokens = await client.post("/classify", body={"model": "sorter", "input": [[1, 2, 3], [4]]}, cast_to=dict)
+    assert [item["label"] for item in tokens["data"]] == ["ham", "spam"]
+    backend.refuse = Refused(
+        request_id="", code="context_length_exceeded", message="16 tokens, got 17", param="input"
+    )
+    with pytest.raises(openai.BadRequestError, match="16 tokens, got 17") as caught:
+        await client.post("/classify", body={"model": "sorter", "input": "long"}, cast_to=dict)
+    assert caught.value.param == "input"
+
+
 async def test_models(client: AsyncOpenAI) -> None:
     listed = [model async for model in client.models.list()]
-    assert [model.id for model in listed] == ["writer", "embedder"]
+    assert [model.id for model in listed] == ["writer", "embedder", "sorter"]
     assert listed[0].created == 1_700_000_000
     assert await client.models.retrieve("writer") == listed[0]
-    with pytest.raises(openai.NotFoundError, match="Served models: embedder, writer"):
+    with pytest.raises(openai.NotFoundError, match="Served models: embedder, sorter, writer"):
         await client.models.retrieve("gpt-4")
 
 

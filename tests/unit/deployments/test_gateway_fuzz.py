@@ -19,7 +19,8 @@ from deployments.gateway.app import create_app
 from tests.support.fake_backend import FakeBackend
 from tests.support.gateway_client import post
 
-ENDPOINTS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"]
+ENDPOINTS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify", "/tokenize", "/detokenize"]
+MODELS = {"/v1/embeddings": "embedder", "/v1/classify": "sorter"}
 FIELDS = [
     "model",
     "messages",
@@ -50,7 +51,7 @@ quick = settings(
 thorough = settings(quick, max_examples=50)
 
 numbers = st.integers() | st.floats() | st.sampled_from([2**31, 2**63, 2**64, 10**400, -0.0, 1e-320])
-texts = st.text() | st.sampled_from(["writer", "embedder", "user", "\ud800", "\x00", "text"])
+texts = st.text() | st.sampled_from(["writer", "embedder", "sorter", "user", "\ud800", "\x00", "text"])
 scalars = st.none() | st.booleans() | numbers | texts
 keys = st.sampled_from([*FIELDS, "role", "content", "type", "text", "5"]) | st.text(max_size=4)
 anything = st.recursive(
@@ -93,7 +94,7 @@ likely = {
     ),
 }
 requests = st.fixed_dictionaries(
-    {"model": st.sampled_from(["writer", "embedder"])},
+    {"model": st.sampled_from(["writer", "embedder", "sorter"])},
     optional={name: likely.get(name, st.nothing()) | anything for name in FIELDS if name != "model"},
 )
 
@@ -117,7 +118,7 @@ def test_requests_made_from_the_document(schema: Any, method: str, path: str) ->
     @given(case=schema[path][method].as_strategy())
     def holds(case: Any) -> None:
         if isinstance(case.body, dict):
-            case.body["model"] = "embedder" if path == "/v1/embeddings" else "writer"
+            case.body["model"] = MODELS.get(path, "writer")
         case.call_and_validate(checks=CHECKS)
 
     holds()

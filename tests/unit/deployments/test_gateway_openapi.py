@@ -14,6 +14,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", CHAT),
     ("/v1/completions", {"model": "writer", "prompt": ["a", "b"], "n": 2, "logprobs": 1, "stop": ["x"]}),
     ("/v1/embeddings", {"model": "embedder", "input": [[1, 2], [3]], "encoding_format": "base64"}),
+    ("/v1/classify", {"model": "sorter", "input": ["a", "bc"], "user": "me"}),
     ("/tokenize", {"model": "writer", "prompt": "a", "return_token_strs": True}),
     ("/detokenize", {"model": "writer", "tokens": [97]}),
 ]
@@ -43,7 +44,7 @@ async def test_every_field_is_explained() -> None:
     async with in_process(create_app(FakeBackend())) as client:
         schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
         page = await client.get("/docs")
-    for name in ("ChatCompletionRequest", "CompletionRequest", "EmbeddingRequest"):
+    for name in ("ChatCompletionRequest", "CompletionRequest", "EmbeddingRequest", "ClassificationRequest"):
         assert schemas[name]["additionalProperties"] is False
         assert all("description" in field for field in schemas[name]["properties"].values())
     assert page.status_code == 200

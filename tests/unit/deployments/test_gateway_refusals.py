@@ -9,10 +9,11 @@ from deployments.gateway.app import create_app
 from tests.support.fake_backend import FakeBackend
 from tests.support.gateway_client import in_process
 
-CHAT, TEXT, EMBED, TOKENS, IDS = (
+CHAT, TEXT, EMBED, CLASSIFY, TOKENS, IDS = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
+    "/v1/classify",
     "/tokenize",
     "/detokenize",
 )
@@ -21,6 +22,7 @@ BASES: dict[str, dict[str, Any]] = {
     CHAT: {"model": "writer", "messages": [USER]},
     TEXT: {"model": "writer", "prompt": "hi"},
     EMBED: {"model": "embedder", "input": "hi"},
+    CLASSIFY: {"model": "sorter", "input": "hi"},
     TOKENS: {"model": "writer", "prompt": "hi"},
     IDS: {"model": "writer", "tokens": [104]},
 }
@@ -67,6 +69,10 @@ FIELDS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"model": ""}, 404, "model", "model_not_found"),
     (CHAT, {"model": "embedder"}, 400, "model", "wrong_endpoint"),
     (EMBED, {"model": "writer"}, 400, "model", "wrong_endpoint"),
+    (CHAT, {"model": "sorter"}, 400, "model", "wrong_endpoint"),
+    (EMBED, {"model": "sorter"}, 400, "model", "wrong_endpoint"),
+    (CLASSIFY, {"model": "writer"}, 400, "model", "wrong_endpoint"),
+    (CLASSIFY, {"model": "embedder"}, 400, "model", "wrong_endpoint"),
     (TOKENS, {"model": "x" * 500}, 404, "model", "model_not_found"),
     # messages
     (CHAT, {"messages": None}, 400, "messages", "missing_required_parameter"),
@@ -310,6 +316,11 @@ FIELDS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (EMBED, {"input": ""}, 400, "input", "empty_string"),
     (EMBED, {"input": ["a", ""]}, 400, "input[1]", "empty_string"),
     (EMBED, {"input": ["a"] * 2049}, 400, "input", "array_above_max_length"),
+    (CLASSIFY, {"input": None}, 400, "input", "missing_required_parameter"),
+    (CLASSIFY, {"input": ["a", ""]}, 400, "input[1]", "empty_string"),
+    (CLASSIFY, {"input": []}, 400, "input", "empty_array"),
+    (CLASSIFY, {"input": {"text": "a"}}, 400, "input", "invalid_type"),
+    (CLASSIFY, {"encoding_format": "float"}, 400, "encoding_format", "unknown_parameter"),
     (EMBED, {"encoding_format": "int8"}, 400, "encoding_format", "unsupported_value"),
     (EMBED, {"dimensions": 3}, 400, "dimensions", "unsupported_value"),
     (EMBED, {"dimensions": 0}, 400, "dimensions", "below_min_value"),
@@ -387,8 +398,11 @@ async def test_messages_name_value_and_limit() -> None:
         )
         assert await said(CHAT, max_tokens=600) == "Invalid 'max_tokens': expected a value of at most 512, got 600."
         assert await said(CHAT, stop=["x"] * 1000) == "Invalid 'stop': expected at most 16 strings, got 1000."
-        assert await said(CHAT, model="nope") == ("The model 'nope' does not exist. Served models: embedder, writer.")
+        assert await said(CHAT, model="nope") == (
+            "The model 'nope' does not exist. Served models: embedder, sorter, writer."
+        )
         assert "/v1/embeddings" in await said(CHAT, model="embedder")
+        assert "call /v1/classify with it" in await said(EMBED, model="sorter")
         assert "/v1/chat/completions or /v1/completions" in await said(EMBED, model="writer")
         assert "616 tokens" in await said(TEXT, prompt="x" * 600)
         assert await said(TEXT, n=4, prompt=["a", "b", "c"]) == (

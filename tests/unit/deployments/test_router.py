@@ -10,6 +10,7 @@ import pytest
 from cluster.plan.types import RouteTarget
 from deployments.channel import Channel, ChannelClosed, Listener
 from deployments.messages import (
+    Classify,
     Delta,
     Detokenize,
     Embed,
@@ -203,6 +204,9 @@ async def test_questions_are_answered_and_a_mistake_of_the_replica_is_an_interna
         header, vectors = await router.embed("m", Embed(request_id="e", inputs=("a", "b"), deadline_s=5))
         assert header.num_prompt_tokens == 4
         assert vectors.tolist() == [[0, 1, 2], [3, 4, 5]]
+        classified, probabilities = await router.classify("m", Classify(request_id="c", inputs=("a",), deadline_s=5))
+        assert (classified.labels, classified.num_prompt_tokens) == (("no", "yes"), 3)
+        assert probabilities.tolist() == [[0.25, 0.75]]
         assert (await router.detokenize("m", Detokenize(request_id="d", token_ids=(104, 105)))).text == "hi"
         with pytest.raises(RequestRefused, match="a mistake of ours"):
             await router.tokenize("m", Tokenize(request_id="t", prompt=TextPrompt(text="x")))
