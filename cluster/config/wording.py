@@ -27,6 +27,7 @@ _MESSAGES = {
     "tuple_type": "is not a list",
     "list_type": "is not a list",
     "dict_type": "is not a mapping of keys to values",
+    "missing": "has too few entries",
     "too_short": "has fewer than {min_length} entries",
     "too_long": "has more than {max_length} entries",
 }
@@ -37,9 +38,13 @@ def describe_error(details: ErrorDetails, value: object, schema: Mapping[str, An
     context = details.get("ctx", {})
     if details["type"] == REFUSED:
         return Finding(at=at, message=context["message"], limit=context["limit"], remedy=context["remedy"])
-    inside = tuple(part for part in details["loc"] if isinstance(part, int))
-    for index in inside:
-        value = value[index] if isinstance(value, list) else value
+    inside: list[str | int] = []
+    for part in details["loc"]:
+        known = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+        if part not in known:
+            continue  # a branch of a union, or a place that is missing
+        value = value[part]  # type: ignore[index]  # it is one of the two
+        inside.append(part)
         schema = _items_of(schema)
     allowed = allowed_by(schema)
     if value is None:
@@ -61,9 +66,13 @@ def allowed_by(schema: Mapping[str, Any]) -> str:
     kind = schema.get("type")
     if kind in ("integer", "number"):
         return ("a whole number" if kind == "integer" else "a number") + _range_of(schema)
+    if kind == "array" and "prefixItems" in schema:
+        return f"a list of {len(schema['prefixItems'])}, each {allowed_by(schema['prefixItems'][0])}"
     if kind == "array":
         return f"a list, each {allowed_by(schema.get('items', {}))}"
-    return {"boolean": "true or false", "string": "text"}.get(str(kind), "another kind of value")
+    return {"boolean": "true or false", "string": "text", "object": "a mapping"}.get(
+        str(kind), "another kind of value"
+    )
 
 
 def either(choices: list[str]) -> str:
@@ -72,6 +81,11 @@ def either(choices: list[str]) -> str:
 
 
 def _range_of(schema: Mapping[str, Any]) -> str:
+    bounds = {"exclusiveMinimum": "more than", "minimum": "at least"}
+    bounds |= {"exclusiveMaximum": "less than", "maximum": "at most"}
+    said = [f"{words} {schema[key]}" for key, words in bounds.items() if key in schema]
+    if "exclusiveMinimum" in schema or "exclusiveMaximum" in schema:
+        return " of " + " and ".join(said)
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
         return f" from {low} to {high}"
@@ -82,9 +96,13 @@ def _range_of(schema: Mapping[str, Any]) -> str:
 
 def _items_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     for branch in schema.get("anyOf", (schema,)):
-        if "items" in branch:
-            items: Mapping[str, Any] = branch["items"]
-            return items
+        for key in ("items", "additionalProperties"):
+            if isinstance(branch.get(key), dict):
+                items: Mapping[str, Any] = branch[key]
+                return items
+        if "prefixItems" in branch:
+            first: Mapping[str, Any] = branch["prefixItems"][0]
+            return first
     return schema
 
 
@@ -100,7 +118,7 @@ def _remedy(error_type: str, value: object, schema: Mapping[str, Any]) -> str:
     if error_type == "literal_error":
         return _nearest_choice(value, schema)
     if error_type in ("tuple_type", "list_type"):
-        return "write a list in brackets, such as [19, 11]"
+        return f"write {allowed}, in brackets and with commas: [..., ...]"
     if error_type == "string_type":
         return "put it in quotes"
     return f"write {allowed}"

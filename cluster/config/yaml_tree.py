@@ -18,6 +18,8 @@ MAX_DEPTH = 40
 MAX_ENTRIES = 20_000
 """Entries after aliases are expanded; more is an alias bomb, or a file nobody reads."""
 
+_NUMBER_TO_OTHERS = re.compile(r"[-+]?0[0-9]+|[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+"""Text to PyYAML, and a number to JSON and YAML 1.2: 007 and 5e-5. The first is refused, the second read as one."""
 _TAG = "tag:yaml.org,2002:"
 _QUOTE = "put it in quotes if it is meant as text"
 
@@ -197,7 +199,7 @@ class _TreeReader:
 
     def _scalar(self, node: yaml.ScalarNode, at: Location) -> Any:
         kind, text = node.tag.removeprefix(_TAG), node.value
-        if kind in ("int", "float") or (node.style is None and re.fullmatch(r"[-+]?0[0-9]+", text)):
+        if kind in ("int", "float") or (node.style is None and _NUMBER_TO_OTHERS.fullmatch(text)):
             return self._number(node, at)
         if kind in ("str", "timestamp", "value", "merge"):
             return text

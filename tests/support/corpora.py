@@ -7,11 +7,12 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from cluster.config.jobs import Format
 from train_jobs.data.chunking import cut
 from train_jobs.data.fetching import fetch
 from train_jobs.data.manifest import BadRow, Task
 from train_jobs.data.reading import Record, read_chunk
-from train_jobs.data.spec import CleanSpec, Fields, Format, InputSpec, PrepareSpec, SplitSpec
+from train_jobs.data.spec import CleanSpec, Fields, InputSpec, PrepareSpec, SplitSpec
 
 END_ID, PAD_ID = 0, 1
 

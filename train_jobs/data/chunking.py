@@ -15,10 +15,11 @@ from typing import BinaryIO, cast
 import pyarrow
 import pyarrow.parquet
 
+from cluster.config.jobs import Format
 from cluster.errors import DataError
 from train_jobs.data.fetching import Found
 from train_jobs.data.manifest import Task
-from train_jobs.data.spec import TASK_FIELDS, Fields, Format, InputSpec
+from train_jobs.data.spec import TASK_FIELDS, Fields, InputSpec
 
 CHUNK_BYTES = 4 * 2**20
 _MAX_FILES_OF_CHUNK = 256

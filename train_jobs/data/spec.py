@@ -6,17 +6,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.config.jobs import Format
 from train_jobs.data.manifest import Task
-
-Format = Literal["folders", "text", "lines", "jsonl", "csv", "parquet", "dialogs"]
-
-TASK_FORMATS: dict[Task, tuple[Format, ...]] = {
-    "lm": ("text", "lines", "jsonl", "csv", "parquet"),
-    "classify": ("folders", "jsonl", "csv", "parquet"),
-    "sft": ("dialogs", "jsonl", "parquet"),
-    "dpo": ("jsonl", "csv", "parquet"),
-}
-"""Formats that can hold the rows of a task."""
 
 TASK_FIELDS: dict[Task, tuple[str, ...]] = {
     "lm": ("text",),

@@ -1,7 +1,10 @@
 """What one training run is asked to do: resolved values only, as the YAML section made them, without defaults."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
+
+import msgspec
 
 from cluster.errors import PlanError
 
@@ -236,3 +239,28 @@ def _check_pipeline(strategy: Pipeline, num_workers: int) -> None:
             f"strategy.stages_per_worker: {strategy.stages_per_worker} with schedule {strategy.schedule}; "
             "allowed: 1 with 1f1b, 2 or more with interleaved"
         )
+
+
+_OPTIMIZERS: dict[str, type[OptimizerSpec]] = {
+    "sgd": Sgd,
+    "rmsprop": RmsProp,
+    "adam": Adam,
+    "adamw": Adam,
+    "adamw8bit": Adam,
+    "muon": Muon,
+}
+_STRATEGIES: dict[str, type[StrategySpec]] = {
+    "single": Single,
+    "ddp": Ddp,
+    "fsdp": Fsdp,
+    "hsdp": Hsdp,
+    "pipeline": Pipeline,
+}
+
+
+def read_train_spec(values: Mapping[str, Any]) -> TrainSpec:
+    """The spec in JSON values, with every field; msgspec.ValidationError when they are none."""
+    types = get_type_hints(TrainSpec)
+    types["optimizer"] = _OPTIMIZERS[values["optimizer"]["kind"]]
+    types["strategy"] = _STRATEGIES[values["strategy"]["kind"]]
+    return TrainSpec(**{name: msgspec.convert(values[name], kind) for name, kind in types.items()})

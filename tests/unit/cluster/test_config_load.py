@@ -22,6 +22,27 @@ cluster: {nodes: [{name: box, resources: {CPU: 2}}]}
 models: [{name: m, source: "hf://org/repo"}]
 """
 
+TRAINING = """\
+name: small
+cluster: {nodes: [{name: box, resources: {CPU: 2}}]}
+jobs:
+  - name: text
+    kind: prepare
+    task: lm
+    inputs: [{source: "path:///text", format: text}]
+    tokenizer: hf://org/repo
+    sequence_tokens: 64
+  - name: model
+    kind: train
+    task: lm
+    base: {architecture: {model_type: llama, hidden_size: 64}}
+    data: text
+    workers: 2
+    batch: {sequences: 8, micro_sequences: 4}
+    duration: {epochs: 1}
+    optimizer: {kind: adamw, lr: LR}
+"""
+
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_example_loads_and_is_listed(path: Path) -> None:
@@ -107,6 +128,23 @@ def test_source_text_and_type_are_one(text: str, source: object) -> None:
 
 def test_hf_without_revision_means_main() -> None:
     assert str(parse_source("hf://org/repo")) == "hf://org/repo@main"
+
+
+@pytest.mark.parametrize("text", ["5e-5", "5.0e-5", "5E-05", "0.00005"])
+def test_powers_of_ten_are_numbers_as_in_json(text: str) -> None:
+    [job] = load_text(TRAINING.replace("LR", text), "f").jobs[1:]
+    assert job.kind == "train"
+    assert job.optimizer.lr == 5e-5
+
+
+def test_what_is_not_written_of_a_job_has_its_default() -> None:
+    data, job = load_text(TRAINING.replace("LR", "1"), "f").jobs
+    assert data.kind == "prepare"
+    assert (data.split.eval_fraction, data.clean.deduplicate, data.workers) == (0.1, True, 1)
+    assert job.kind == "train"
+    assert (job.strategy.kind, job.workers.min, job.workers.max, job.adapter) == ("ddp", 2, 2, None)
+    assert job.deterministic
+    assert not load_text(MINIMAL, "f").jobs
 
 
 def test_anchors_and_merge_keys() -> None:
