@@ -7,7 +7,7 @@ from cluster.config.models import ModelConfig
 from cluster.config.schema import ClusterConfig
 from cluster.config.sources import PathSource, RegistrySource
 from cluster.plan.types import KnownVersion
-from cluster.registry.facts import read_facts
+from cluster.registry.facts import read_adapter_facts, read_facts
 from cluster.registry.manifest import ModelVersion
 from cluster.registry.progress import Progress
 from cluster.registry.sources.importer import LATEST, find_imported, import_source, path_sha256
@@ -60,11 +60,13 @@ def _find(model: ModelConfig, registry: Registry) -> ModelVersion | None:
 
 
 def _known(registry: Registry, version: ModelVersion) -> KnownVersion:
+    base = version if version.adapter_of is None else registry.resolve(version.adapter_of)
     return KnownVersion(
         name=version.name,
         version=version.version,
         created=int(version.created),
         facts=read_facts(registry, version),
-        quantization=version.quantization,
-        chat_template=version.chat_template,
+        quantization=base.quantization,
+        adapter=read_adapter_facts(registry, version),
+        chat_template=version.chat_template or base.chat_template,
     )

@@ -138,6 +138,11 @@ def _check_version(model: ModelConfig, version: KnownVersion) -> None:
             f"({version.quantization}, by its config.json), and only plain weights can be served; use the checkpoint "
             "it was made from, and set quantization: int8 or int4 to quantize it as it is loaded"
         )
+    if version.adapter is not None and model.engine.kind == "vllm":
+        raise PlanError(
+            f"{path}.engine: vllm, but {version.name}@{version.version} is an adapter of {version.adapter.of}, which "
+            "only Manta's own engine merges; set engine to {kind: manta}, or publish it merged"
+        )
     if model.context_tokens > facts.max_context_tokens:
         raise PlanError(
             f"{path}.context_tokens: {model.context_tokens} tokens, but {facts.architecture} was trained for "

@@ -207,6 +207,15 @@ class GatewayAppArgs(PlanModel):
     """Name of the cluster that the gateway, and so everything of Manta's beside it, belongs to."""
 
 
+class AdapterFacts(PlanModel):
+    """What planning must know of a version that is an adapter."""
+
+    of: str
+    """``model@version`` that it adapts."""
+    kind: Literal["lora", "dora"]
+    num_params: int
+
+
 class KnownVersion(PlanModel):
     """A registry version the plan may use: what the registry knows of it."""
 
@@ -218,6 +227,8 @@ class KnownVersion(PlanModel):
     facts: ModelFacts
     quantization: str | None = None
     """Method by which the stored weights are quantized; None for plain ones."""
+    adapter: AdapterFacts | None = None
+    """Where it is an adapter; ``facts`` are then those of its base."""
     chat_template: bool = True
     """Whether its files say how a conversation is written as text."""
 

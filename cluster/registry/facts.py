@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import RegistryError
-from cluster.plan.types import ModelFacts
+from cluster.plan.types import AdapterFacts, ModelFacts
+from cluster.registry.adapter import CONFIG_NAME, WEIGHTS_NAME, parse_adapter_config
 from cluster.registry.labels import task_mistake
 from cluster.registry.manifest import ModelVersion
 from cluster.registry.sources.screen import read_header
@@ -37,7 +38,12 @@ class _Counts:
 
 
 def read_facts(registry: Registry, version: ModelVersion) -> ModelFacts:
-    """What planning must know of ``version``; RegistryError naming the key or the number that does not fit."""
+    """What planning must know of ``version``; RegistryError naming the key or the number that does not fit.
+
+    Of an adapter, what is to be known of its base: the thin matrices are next to nothing beside it.
+    """
+    if version.adapter_of is not None:
+        version = registry.resolve(version.adapter_of)
     whole = json.loads(registry.read_file(version, "config.json"))
     mistake = task_mistake(whole, version.task)
     if mistake is not None:
@@ -67,6 +73,20 @@ def read_facts(registry: Registry, version: ModelVersion) -> ModelFacts:
         head_params=0 if tied else counts.head,
         tied_head=tied,
         other_params=counts.other,
+    )
+
+
+def read_adapter_facts(registry: Registry, version: ModelVersion) -> AdapterFacts | None:
+    """What planning must know of ``version`` as an adapter; None for a whole model."""
+    if version.adapter_of is None:
+        return None
+    config = json.loads(registry.read_file(version, CONFIG_NAME))
+    with registry.open_file(version, WEIGHTS_NAME) as file:
+        header = read_header(file)
+    return AdapterFacts(
+        of=version.adapter_of,
+        kind=parse_adapter_config(config, version.reference).kind,
+        num_params=sum(math.prod(tensor["shape"]) for tensor in header.values()),
     )
 
 

@@ -1,14 +1,14 @@
 """Garbage collection: versions and blobs that nothing points at go away, in an order that a crash cannot hurt.
 
 Kept: what an alias points at or would go back to, what is pinned, what the caller says is running, the newest
-``keep_last`` of each model, and everything younger than the grace period. A version goes by a tombstone first
-(``deleted.json``, which keeps its number and its lineage), then its manifest, then, when no manifest names them, its
-blobs. A publisher that finds its bytes in the registry refreshes what it relies on and looks again after its commit,
-so the two never meet half-way.
+``keep_last`` of each model, everything younger than the grace period, and the bases of all adapters that stay. A
+version goes by a tombstone first (``deleted.json``, which keeps its number and its lineage), then its manifest, then,
+when no manifest names them, its blobs. A publisher that finds its bytes in the registry refreshes what it relies on
+and looks again after its commit, so the two never meet half-way.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from cluster.registry.manifest import ModelVersion, check_model_name, is_version_name
@@ -105,7 +105,15 @@ def _doomed_versions(
             and version.reference not in running
             and now() - max(version.created, _reused_at(registry, version)) >= grace_s
         ]
-    return doomed
+    bases = _bases(registry, without={version.reference for version in doomed})
+    doomed = [version for version in doomed if version.reference not in bases]
+    return sorted(doomed, key=lambda version: version.adapter_of is None)  # adapters before their bases
+
+
+def _bases(registry: Registry, without: Collection[str]) -> set[str]:
+    """What the adapters adapt that stay."""
+    versions = (version for name in registry.names() for version in registry.versions(name))
+    return {v.adapter_of for v in versions if v.adapter_of is not None and v.reference not in without}
 
 
 def _marked(registry: Registry, name: str) -> set[str]:
@@ -115,10 +123,12 @@ def _marked(registry: Registry, name: str) -> set[str]:
 
 
 def _delete_version(registry: Registry, version: ModelVersion, grace_s: float, now: Callable[[], float]) -> bool:
-    """Whether it is gone; False when an alias, a pin or a publisher came for it in the meantime."""
+    """Whether it is gone; False when an alias, a pin, an adapter or a publisher came for it in the meantime."""
     tombstone = tombstone_path(version.name, version.version)
     registry.tree.replace(tombstone, version.to_json())
-    wanted = version.version in _marked(registry, version.name) or now() - _reused_at(registry, version) < grace_s
+    marked = _marked(registry, version.name)
+    reused = now() - _reused_at(registry, version) < grace_s
+    wanted = version.version in marked or reused or version.reference in _bases(registry, without=())
     if wanted:
         registry.tree.remove(tombstone)
         return False

@@ -56,6 +56,13 @@ def _check_file_path(path: str) -> str:
     return path
 
 
+def _check_base(reference: str | None) -> str | None:
+    name, _, version = (reference or "x@v1").partition("@")
+    if _MODEL_NAME.fullmatch(name) is None or not is_version_name(version):
+        raise ValueError(f"adapter_of {reference!r} must be model@vN: an alias could come to mean another base")
+    return reference
+
+
 def _check_sha256(digest: str) -> str:
     if _SHA256.fullmatch(digest) is None:
         raise ValueError(f"sha256 {digest!r} must be 64 lower-case hexadecimal digits")
@@ -114,6 +121,8 @@ class VersionSpec(ManifestModel):
     left_out: tuple[str, ...] = ()
     """Files of the source that were not taken (pickles, Python code, other formats)."""
     license: str | None = None
+    adapter_of: Annotated[str | None, AfterValidator(_check_base)] = None
+    """The version, ``model@vN``, whose weights this one adapts; None for a whole model."""
     metrics: dict[str, float] = Field(default_factory=dict)
     lineage: Lineage = Lineage()
 
@@ -121,7 +130,7 @@ class VersionSpec(ManifestModel):
 class ModelVersion(VersionSpec):
     """A published version: the content of ``manifest.json``. Immutable."""
 
-    manifest_format: Literal[1] = 1
+    manifest_format: Literal[1, 2] = 2
     """Format of this file; grows when a field is added."""
     name: str
     version: str
@@ -147,7 +156,7 @@ class ModelVersion(VersionSpec):
 
     @property
     def content_digest(self) -> str:
-        """Hex digest of what makes two versions the same: files, format, task, dtype, quantization."""
+        """Hex digest of what makes two versions the same; see :func:`content_digest`."""
         return content_digest(self.files, self)
 
     def file(self, path: str) -> FileEntry:
@@ -168,7 +177,7 @@ class ModelVersion(VersionSpec):
 
 
 def content_digest(files: tuple[FileEntry, ...], spec: VersionSpec) -> str:
-    """Hex sha256 over files, format, task, dtype and quantization; equal digests are the same version."""
+    """Hex sha256 over files, format, task, dtype, quantization, and an adapter's base; equal is the same version."""
     identity: dict[str, Any] = {
         "files": sorted((entry.path, entry.size, entry.sha256) for entry in files),
         "format": "safetensors",
@@ -176,6 +185,8 @@ def content_digest(files: tuple[FileEntry, ...], spec: VersionSpec) -> str:
         "dtype": spec.dtype,
         "quantization": spec.quantization,
     }
+    if spec.adapter_of is not None:
+        identity["adapter_of"] = spec.adapter_of
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

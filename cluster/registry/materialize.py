@@ -3,16 +3,22 @@
 A local registry's blobs are hard-linked, so a version costs no second copy, and whoever has its files open can read
 on when GC removes it; a remote one's are downloaded once into the cache. The directory appears whole, by a rename,
 and any number of processes may ask for it at once. Each process verifies each version once.
+
+An adapter's directory is that of its base, with the adapter in the folder ``adapter/``, and with the adapter's own
+tokenizer and templates where it has any.
 """
 
 import os
 import shutil
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import RegistryError
+from cluster.registry.adapter import CONFIG_NAME, FOLDER, WEIGHTS_NAME
 from cluster.registry.manifest import FileEntry, ModelVersion
 from cluster.registry.progress import ByteCount, Progress, no_progress
 from cluster.registry.store import Registry, blob_path
@@ -20,6 +26,15 @@ from cluster.registry.tree import TEMPORARY_PREFIX, LocalTree, file_sha256, remo
 
 _verified: set[Path] = set()
 """Directories that this process has verified."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Placed:
+    """One file of a materialized directory: where it lies there, and which version it is of."""
+
+    path: str
+    entry: FileEntry
+    version: ModelVersion
 
 
 def materialize(registry: Registry, version: ModelVersion, *, progress: Progress = no_progress) -> Path:
@@ -31,12 +46,32 @@ def materialize(registry: Registry, version: ModelVersion, *, progress: Progress
     directory = registry.cache / "models" / version.name / f"{version.version}-{version.content_digest[:16]}"
     if directory in _verified and directory.is_dir():
         return directory
-    if directory.is_dir() and _damaged(version, directory, progress) is not None:
+    layout = _lay_out(registry, version)
+    if directory.is_dir() and _damaged(layout, directory, progress) is not None:
         _set_aside(directory)
     if not directory.is_dir():
-        _build(registry, version, directory, progress)
+        _build(registry, layout, directory, progress)
     _verified.add(directory)
     return directory
+
+
+def _lay_out(registry: Registry, version: ModelVersion) -> tuple[_Placed, ...]:
+    own = {entry.path: _Placed(path=entry.path, entry=entry, version=version) for entry in version.files}
+    if version.adapter_of is None:
+        return tuple(own.values())
+    base = registry.resolve(version.adapter_of)
+    apart = tuple(
+        _Placed(path=f"{FOLDER}/{name}", entry=own[name].entry, version=version)
+        for name in (CONFIG_NAME, WEIGHTS_NAME)
+    )
+    whole = {entry.path: _Placed(path=entry.path, entry=entry, version=base) for entry in base.files}
+    texts = {path: placed for path, placed in own.items() if _is_text_of_adapter(path)}
+    return (*(whole | texts).values(), *apart)
+
+
+def _is_text_of_adapter(path: str) -> bool:
+    """Tokenizer, templates, settings of generation; what describes the weights is the base's, as they are."""
+    return not path.endswith(".safetensors") and path not in (CONFIG_NAME, "config.json")
 
 
 def _set_aside(directory: Path) -> None:
@@ -96,15 +131,15 @@ def _check_blob(registry: Registry, version: ModelVersion, entry: FileEntry, cou
     return None if actual == entry.sha256 else _damage_text(version, entry, actual)
 
 
-def _build(registry: Registry, version: ModelVersion, directory: Path, progress: Progress) -> None:
+def _build(registry: Registry, layout: Sequence[_Placed], directory: Path, progress: Progress) -> None:
     temporary = _temporary(directory.parent)
-    count = ByteCount(progress, f"fetching {version.reference}", version.total_bytes)
+    count = ByteCount(progress, f"fetching {_reference(layout)}", _num_bytes(layout))
     try:
-        for entry in version.files:
-            target = temporary / entry.path
+        for placed in layout:
+            target = temporary / placed.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            _place(registry, version, entry, target, count)
-        damaged = _damaged(version, temporary, progress)
+            _place(registry, placed.version, placed.entry, target, count)
+        damaged = _damaged(layout, temporary, progress)
         if damaged is not None:
             raise RegistryError(damaged)
         with suppress(OSError):  # another process was first: its directory is as good
@@ -132,16 +167,25 @@ def _place(registry: Registry, version: ModelVersion, entry: FileEntry, target: 
         raise RegistryError(f"{version.reference}: the blob of {entry.path} is missing; import it again") from error
 
 
-def _damaged(version: ModelVersion, directory: Path, progress: Progress) -> str | None:
-    count = ByteCount(progress, f"verifying {version.reference}", version.total_bytes)
-    for entry in version.files:
+def _damaged(layout: Sequence[_Placed], directory: Path, progress: Progress) -> str | None:
+    count = ByteCount(progress, f"verifying {_reference(layout)}", _num_bytes(layout))
+    for placed in layout:
         try:
-            actual = file_sha256(directory / entry.path, count.add)
+            actual = file_sha256(directory / placed.path, count.add)
         except FileNotFoundError:
-            return f"{version.reference}: {entry.path} is missing from {directory}"
-        if actual != entry.sha256:
-            return _damage_text(version, entry, actual)
+            return f"{placed.version.reference}: {placed.path} is missing from {directory}"
+        if actual != placed.entry.sha256:
+            return _damage_text(placed.version, placed.entry, actual)
     return None
+
+
+def _reference(layout: Sequence[_Placed]) -> str:
+    """The version that is materialized; an adapter's own files come last."""
+    return layout[-1].version.reference
+
+
+def _num_bytes(layout: Sequence[_Placed]) -> int:
+    return sum(placed.entry.size for placed in layout)
 
 
 def _damage_text(version: ModelVersion, entry: FileEntry, actual: str) -> str:

@@ -2,7 +2,7 @@
 
     <storage>/registry/blobs/sha256/<aa>/<digest>
     <storage>/registry/models/<name>/versions/<vN>/manifest.json    written last: the commit
-    <storage>/registry/models/<name>/versions/<vN>/reused-at        a publisher found its bytes here (seconds)
+    <storage>/registry/models/<name>/versions/<vN>/reused-at        a publisher relies on it (seconds)
     <storage>/registry/models/<name>/versions/<vN>/deleted.json     manifest of a version GC removed: keeps its number
 
 Until its manifest exists a version does not exist, so an interrupted publish leaves nothing that can be loaded, only
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cluster.errors import RegistryError
+from cluster.registry.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from cluster.registry.alias import Aliases, AliasMove
 from cluster.registry.manifest import (
     FileEntry,
@@ -94,16 +95,38 @@ class Registry:
     ) -> ModelVersion:
         """Make a version of every file under ``directory``, or find the one with the same content.
 
-        Safe against other publishers, and at any point of interruption.
+        Safe against other publishers, and at any point of interruption. RegistryError for an adapter that no server
+        could read, or whose base is not a whole model in this registry.
         """
         check_model_name(name)
         paths = _list_files(directory)
+        self._check_adapter(directory, paths, spec)
         files = _measure(directory, paths, progress)
         self._put_blobs(directory, files, progress)
         highest = self._highest_number(name)  # before the look: whoever commits after it is met in _commit
         version = self._reuse(name, content_digest(files, spec)) or self._commit(name, files, spec, highest + 1)
         self._put_blobs(directory, files, no_progress)  # what a GC took between the look and the commit
         return version
+
+    def _check_adapter(self, directory: Path, paths: list[str], spec: VersionSpec) -> None:
+        if spec.adapter_of is None:
+            if CONFIG_NAME in paths:
+                raise RegistryError(f"{directory} is an adapter ({CONFIG_NAME}); say of which version: adapter_of")
+            return
+        missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if name not in paths]
+        if missing:
+            raise RegistryError(
+                f"{directory} is no adapter as peft writes them: it has no {' and no '.join(missing)}"
+            )
+        read_adapter_config(directory / CONFIG_NAME)
+        base = self.resolve(spec.adapter_of)
+        if base.adapter_of is not None or base.task != spec.task:
+            kind = "an adapter itself" if base.adapter_of is not None else f"a model for task {base.task}"
+            raise RegistryError(
+                f"an adapter for task {spec.task} cannot adapt {base.reference}, which is {kind}; publish it merged"
+            )
+        self.tree.replace(reused_path(base.name, base.version), str(int(time.time())).encode())
+        self.resolve(spec.adapter_of)  # GC looks at that note after its tombstone, so one of the two sees the other
 
     def complete(self, version: ModelVersion) -> bool:
         """Whether every blob is there with its size; ``materialize.verify`` also reads them."""

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
+from deployments.runtime.adapter import merge_adapter
 from deployments.runtime.padding import pad
 from deployments.runtime.support import UnsupportedModelError
 
@@ -42,6 +43,7 @@ class ClassifierRunner:
         if info["missing_keys"]:
             raise ValueError(f"{directory} lacks the tensors {', '.join(sorted(info['missing_keys']))}")
         self.model.eval().requires_grad_(False)
+        merge_adapter(directory, self.model)
 
     @property
     def weight_bytes(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
+from deployments.runtime.adapter import merge_adapter
 from deployments.runtime.padding import pad
 from deployments.runtime.support import UnsupportedModelError
 
@@ -103,6 +104,7 @@ class EncoderRunner:
         if missing:
             raise ValueError(f"{directory} lacks the tensors {', '.join(missing)}")
         self.model.eval().requires_grad_(False)
+        merge_adapter(directory, self.model)
 
     @property
     def weight_bytes(self) -> int:

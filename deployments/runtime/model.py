@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from deployments.runtime import attention
+from deployments.runtime.adapter import merge_adapter
 from deployments.runtime.quantize import Quantization
 from deployments.runtime.rounding import round_weights
 from deployments.runtime.settings import StageSlice
@@ -38,9 +39,9 @@ def load_stage(
 ) -> PreTrainedModel:
     """The causal language model in ``directory`` with only ``part`` present, on ``device``, ready for inference.
 
-    Reads only the tensors of the slice (safetensors, memory-mapped). With ``quantization``, weights have the values
-    of quantized ones. Raises UnsupportedModelError when the architecture cannot be cut or quantized, ValueError when
-    the checkpoint lacks a tensor.
+    Reads only the tensors of the slice (safetensors, memory-mapped), merged with an adapter in the directory. With
+    ``quantization``, weights have the values of quantized ones. Raises UnsupportedModelError when the architecture
+    cannot be cut or quantized, or the adapter is of another model, ValueError when the checkpoint lacks a tensor.
     """
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     num_stages = 1 if part.is_first and part.is_last else 2
@@ -59,6 +60,7 @@ def load_stage(
     if info["missing_keys"]:
         raise ValueError(f"{directory} lacks the tensors {', '.join(sorted(info['missing_keys']))}")
     model.eval().requires_grad_(False)
+    merge_adapter(directory, model, range(part.start, part.stop))
     if quantization is not None:
         round_weights(model, quantization)
     if not part.is_first:

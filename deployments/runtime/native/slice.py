@@ -94,7 +94,7 @@ def _examine(config: RunnerConfig) -> tuple[Architecture, Checkpoint]:
     if config.block_tokens % _UNIT_TOKENS:
         raise NotNativeError(f"block_tokens {config.block_tokens} is not a multiple of {_UNIT_TOKENS}")
     architecture = read_architecture(config.directory)
-    checkpoint = Checkpoint(config.directory)
+    checkpoint = Checkpoint(config.directory, range(config.part.start, config.part.stop))
     check_tensors(checkpoint, architecture, config.part)
     load_library()
     return architecture, checkpoint

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from deployments.runtime.adapter import adapter_of
 from deployments.runtime.native.architecture import Architecture, NotNativeError
 from deployments.runtime.native.library import Handle, NormPart, Part
 from deployments.runtime.quantize import Quantization, quantize, quantized_bits
@@ -30,10 +31,15 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 
 
 class Checkpoint:
-    """The safetensors files of a directory: which tensors there are, and each one on demand."""
+    """The safetensors files of a directory: which tensors there are, and each one on demand.
 
-    def __init__(self, directory: Path) -> None:
+    Where there is an adapter in the directory, tensors are merged with it.
+    """
+
+    def __init__(self, directory: Path, layers: range) -> None:
+        """``layers`` are those that will be read; UnsupportedModelError when the adapter does not fit them."""
         self._opened: dict[Path, Any] = {}
+        self._adapter = adapter_of(directory)
         index = directory / "model.safetensors.index.json"
         single = directory / "model.safetensors"
         if index.is_file():
@@ -44,17 +50,19 @@ class Checkpoint:
                 self._files = dict.fromkeys(file.keys(), single)
         else:
             raise NotNativeError(f"{directory} has no model.safetensors")
+        if self._adapter is not None:
+            self._adapter.check_names(self._files, layers)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored, on the CPU."""
+        """A tensor as it is stored, or as the adapter makes it, on the CPU."""
         path = self._files[name]
         if path not in self._opened:
             self._opened[path] = safe_open(path, framework="pt")
         tensor: torch.Tensor = self._opened[path].get_tensor(name)
-        return tensor
+        return tensor if self._adapter is None else self._adapter.merged(name, tensor)
 
 
 def head_name(architecture: Architecture) -> str:

@@ -9,7 +9,7 @@ from cluster.errors import PlanError
 from cluster.plan.build import build_plan
 from cluster.plan.memory import VLLM_BYTES
 from cluster.plan.serve_app import NO_PROXIES, gateway_app, model_apps, serve_config
-from cluster.plan.types import Plan
+from cluster.plan.types import AdapterFacts, Plan
 from tests.unit.cluster.plan_examples import MINILM, ONE_BOX, SMOLLM2, config, facts, known, minilm_facts
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -111,6 +111,14 @@ def test_a_context_beyond_the_model_is_refused_with_both_numbers():
 def test_the_wrong_task_is_refused():
     with pytest.raises(PlanError, match=r"models\.smollm2\.task: generate, but the registry's version is for embed"):
         build_plan(config(), {"smollm2": known(model_facts=facts(task="embed"))}, "d")
+
+
+def test_an_adapter_needs_an_engine_that_merges_it():
+    version = known().model_copy(update={"adapter": AdapterFacts(of="base@v1", kind="lora", num_params=9)})
+    models = SMOLLM2.replace("    pipeline: {stages: 2}", "    engine: {kind: vllm, python: /opt/vllm/bin/python}")
+    assert build_plan(config(), {"smollm2": version}, "d").models[0].args is not None
+    with pytest.raises(PlanError, match=r"engine: vllm, but smollm2@v1 is an adapter of base@v1, .* publish it merg"):
+        build_plan(config(models), {"smollm2": version}, "d")
 
 
 def test_weights_that_are_stored_quantized_are_refused():

@@ -134,7 +134,7 @@ def test_manifest_of_a_newer_program_is_refused_by_field(registry: Registry, che
     with pytest.raises(RegistryError, match=r"here .*unknown shiny .*newer Manta.*update"):
         parse_manifest(json.dumps(content | {"shiny": 1}).encode(), "here")
     with pytest.raises(RegistryError, match=r"manifest_format .*newer Manta"):
-        parse_manifest(json.dumps(content | {"manifest_format": 2}).encode(), "here")
+        parse_manifest(json.dumps(content | {"manifest_format": 3}).encode(), "here")
     with pytest.raises(RegistryError, match="not a manifest"):
         parse_manifest(b'{"name": ', "here")
 
