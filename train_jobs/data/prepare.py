@@ -50,16 +50,9 @@ def prepare(spec: PrepareSpec, storage: str, executor: Executor, progress: Progr
 
     DataError says what of the inputs cannot be used, SourceError what cannot be fetched; nothing is left then.
     """
-    _check_spec(spec)
-    root, registry = _data_root(storage, spec.name), Registry(storage)
-    tokenizer = find_tokenizer(spec.tokenizer, registry, progress)
-    if spec.task in ("sft", "dpo"):
-        check_chat_template(tokenizer)
+    root = _data_root(storage, spec.name)
     with import_lock(root.parent / ".work", spec.name, progress) as work:
-        inputs = [
-            fetch(each, downloads=registry.cache / "downloads", work=work / f"input-{number}", progress=progress)
-            for number, each in enumerate(spec.inputs)
-        ]
+        tokenizer, inputs = _bring(spec, storage, work, progress)
         digest = _digest(spec, tokenizer, inputs)
         directory = root / digest[:_DIGEST_NAME_LENGTH]
         manifest = _committed(directory, digest)
@@ -70,6 +63,34 @@ def prepare(spec: PrepareSpec, storage: str, executor: Executor, progress: Progr
             os.replace(work / "ready", directory)
         _point_latest(root, digest)
     return manifest
+
+
+def find_current(spec: PrepareSpec, storage: str, progress: Progress = no_progress) -> Manifest | None:
+    """The manifest of the job's data where they are prepared already; None when that would have to be done.
+
+    Sources are downloaded to know. DataError and SourceError are those of :func:`prepare`.
+    """
+    root = _data_root(storage, spec.name)
+    with import_lock(root.parent / ".work", spec.name, progress) as work:
+        digest = _digest(spec, *_bring(spec, storage, work, progress))
+    return _committed(root / digest[:_DIGEST_NAME_LENGTH], digest)
+
+
+def _bring(
+    spec: PrepareSpec, storage: str, work: Path, progress: Progress
+) -> tuple[FoundTokenizer, tuple[Found, ...]]:
+    """The tokenizer and the inputs, on this machine."""
+    _check_spec(spec)
+    registry = Registry(storage)
+    tokenizer = find_tokenizer(spec.tokenizer, registry, progress)
+    if spec.task in ("sft", "dpo"):
+        check_chat_template(tokenizer)
+    downloads = registry.cache / "downloads"
+    found = (
+        fetch(each, downloads=downloads, work=work / f"input-{number}", progress=progress)
+        for number, each in enumerate(spec.inputs)
+    )
+    return tokenizer, tuple(found)
 
 
 def find_prepared(storage: str, name: str) -> Path:
