@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster import cli_drill, cli_models
+from cluster import cli_drill, cli_models, cli_report
 from cluster.config.load import load_config
 from cluster.config.schema import ClusterConfig, json_schema
 from cluster.control.apply import down, plan_actions, up
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(config_verb, "schema", _schema, "print the JSON schema of the YAML, for editors", as_json=False)
     cli_drill.add_parser(verbs)
     cli_models.add_parser(verbs)
+    cli_report.add_parser(verbs)
     verbs.choices["models"].set_defaults(run=cli_models.run)
     return parser
 

@@ -5,7 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-SUFFIXES = (".py", ".cpp", ".h")
+SUFFIXES = (".py", ".cpp", ".h", ".html", ".css", ".js")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -28,4 +28,4 @@ def test_the_wheel_holds_exactly_the_three_packages(tmp_path: Path) -> None:
     sources = {
         str(path.relative_to(copy)) for top in tops for path in (copy / top).rglob("*") if path.suffix in SUFFIXES
     }
-    assert sources <= set(names), "every module and every source of the kernels is in the wheel"
+    assert sources <= set(names), "every module, every source of the kernels and every part of a page is in the wheel"

