@@ -1,11 +1,10 @@
 """One stage's model: transformers' own modules cut at layer borders, names unchanged, only its tensors read.
 
-A layer outside the slice becomes a :class:`PassThrough`, so layer indices, parameter names and everything the
-model's own ``forward`` does per layer stay as they are. An inner stage receives hidden states in place of embeddings.
+An inner stage receives hidden states in place of embeddings.
 """
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,18 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from deployments.runtime import attention
 from deployments.runtime.adapter import merge_adapter
+from deployments.runtime.cutting import PassThrough, check_passes_hidden_through, plan_parts
 from deployments.runtime.quantize import Quantization
 from deployments.runtime.rounding import round_weights
 from deployments.runtime.settings import StageSlice
-from deployments.runtime.support import UnsupportedModelError, check_supported
-
-
-class PassThrough(nn.Module):
-    """Stands where another stage's module would: returns its first argument unchanged."""
-
-    def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Hidden states in, the same out."""
-        return hidden
+from deployments.runtime.support import check_supported
 
 
 def load_stage(
@@ -64,7 +56,7 @@ def load_stage(
     if quantization is not None:
         round_weights(model, quantization)
     if not part.is_first:
-        _check_passes_hidden_through(model, dtype=dtype, device=device)
+        check_passes_hidden_through(model, dtype=dtype, device=device)
     return cast(PreTrainedModel, model)
 
 
@@ -85,7 +77,7 @@ def _cut_class(config: PretrainedConfig, part: StageSlice) -> type[PreTrainedMod
 
 def _cut(model: PreTrainedModel, part: StageSlice) -> None:
     base = model.base_model
-    before, layers, after = _plan_parts(base)
+    before, layers, after = plan_parts(base)
     stack = cast(nn.ModuleList, getattr(base, layers))
     for index in range(len(stack)):
         if not part.start <= index < part.stop:
@@ -99,37 +91,3 @@ def _cut(model: PreTrainedModel, part: StageSlice) -> None:
             setattr(base, name, PassThrough())
         model.set_output_embeddings(nn.Identity())
         model.all_tied_weights_keys = {}
-
-
-def _plan_parts(base: nn.Module) -> tuple[list[str], str, list[str]]:
-    """Names of the modules before, of, and after the layer stack, by the class's own pipeline plan."""
-    names = [name for name in base.config.base_model_pp_plan if hasattr(base, name)]  # type: ignore[union-attr]
-    stacks = [name for name in names if isinstance(getattr(base, name), nn.ModuleList)]
-    if len(stacks) != 1:
-        raise UnsupportedModelError(
-            f"{type(base).__name__}: the pipeline plan names {len(stacks)} layer stacks, not one"
-        )
-    middle = names.index(stacks[0])
-    return names[:middle], stacks[0], names[middle + 1 :]
-
-
-@torch.inference_mode()
-def _check_passes_hidden_through(model: PreTrainedModel, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Some architectures scale or shift embeddings in ``forward`` itself; an inner stage would do it twice."""
-    base = model.base_model
-    before, layers, after = _plan_parts(base)
-    kept = {name: getattr(base, name) for name in (layers, *after)}
-    setattr(base, layers, nn.ModuleList(PassThrough() for _ in kept[layers]))
-    for name in after:
-        setattr(base, name, PassThrough())
-    probe = torch.ones((1, 2, model.config.hidden_size), dtype=dtype, device=device)
-    try:
-        out = base(inputs_embeds=probe, position_ids=torch.arange(2, device=device)[None], use_cache=False)
-    finally:
-        for name, module in kept.items():
-            setattr(base, name, module)
-    if not torch.equal(out.last_hidden_state, probe):
-        raise UnsupportedModelError(
-            f"{model.config.model_type} cannot be sharded: its forward changes activations outside "
-            f"{', '.join((*before, layers, *after))}; set pipeline.stages to 1"
-        )
