@@ -5,8 +5,10 @@ import os
 import pickle
 import resource
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,8 @@ class Case:
     stop_at: int | None = None
     full_at: int | None = None
     """From this step on the last worker cannot write files of more than 1 kB."""
+    setup: Callable[[], tuple[Any, Any, Any]] | None = None
+    """Makes the task, the data and the evaluation data; None takes the tiny task and its data."""
 
 
 @dataclass
@@ -71,7 +75,7 @@ def run_cases(num_workers: int, folder: Path, cases: list[Case]) -> list[list[Se
     """Each case in turn on the same workers; returns by worker, by case. A killed worker has seen nothing."""
     folder.mkdir(parents=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch takes seconds to import; nothing computes in the server
+    context.set_forkserver_preload([__name__, *_modules(cases)])  # seconds of imports; nothing computes in the server
     workers = [context.Process(target=_work, args=(rank, num_workers, folder, cases)) for rank in range(num_workers)]
     for worker in workers:
         worker.start()
@@ -95,12 +99,13 @@ def _work(rank: int, num_workers: int, folder: Path, cases: list[Case]) -> None:
 
 def _attempt(case: Case, rank: int, num_workers: int) -> Seen:
     seen = Seen(case, rank=rank, last_rank=num_workers - 1)
-    task = TinyTask(dropout=case.dropout)
+    tiny = (TinyTask(dropout=case.dropout), TinyShards(), TinyShards(8, seed=1))
+    task, shards, evaluation_data = tiny if case.setup is None else case.setup()
     trainer = Trainer(
         spec=case.spec,
         task=task,
-        shards=TinyShards(),
-        evaluation_data=TinyShards(8, seed=1),
+        shards=shards,
+        evaluation_data=evaluation_data,
         run_dir=case.run_dir,
         world=World.current(),
         hooks=seen,
@@ -111,5 +116,10 @@ def _attempt(case: Case, rank: int, num_workers: int) -> Seen:
         seen.error = f"{type(error).__name__}: {error}"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    seen.sequence_ids = task.seen
+    seen.sequence_ids = tiny[0].seen
     return seen
+
+
+def _modules(cases: list[Case]) -> set[str]:
+    """Where the cases' setups are defined."""
+    return {getattr(case.setup, "func", case.setup).__module__ for case in cases if case.setup is not None}

@@ -26,7 +26,7 @@ from deployments.runtime.plain_tokenizer import read_tokenizer
 from deployments.runtime.sandbox import Render, compile_template
 from train_jobs.data.manifest import TOKENIZER_FOLDER, TokenizerEntry
 
-_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,7 +38,7 @@ _FILES = (
     "tokenizer.model",
     "config.json",
 )
-"""What a tokenizer is read from; ``config.json`` is read for the model's type, and not kept."""
+"""What a tokenizer is read from; ``config.json`` is read for the model's type, and is not the tokenizer's."""
 _TOLD_DATE = datetime(2026, 1, 1, tzinfo=UTC)
 """The date that a chat template is told; the same data must be the same bytes tomorrow."""
 
@@ -132,7 +132,7 @@ def _locate(source: str, registry: Registry, progress: Progress) -> Path:
 
 
 def _present(directory: Path) -> list[str]:
-    return [name for name in _FILES if (directory / name).is_file()]
+    return [name for name in TOKENIZER_FILES if (directory / name).is_file()]
 
 
 def _read_with_transformers(source: str, directory: Path) -> Any:

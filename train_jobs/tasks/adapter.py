@@ -26,7 +26,7 @@ _NAME = "default"
 _POOLER = "pooler"
 
 
-def add_adapter(network: PreTrainedModel, spec: AdapterSpec, *, base_name: str, classifies: bool) -> PeftModel:
+def add_adapter(network: PreTrainedModel, spec: AdapterSpec, *, classifies: bool) -> PeftModel:
     """Put additions into ``network`` and freeze the rest, but for a classifier's head; PlanError names bad targets.
 
     The result is peft's view of the same network, for :func:`write_adapter` and for merging.
@@ -41,7 +41,6 @@ def add_adapter(network: PreTrainedModel, spec: AdapterSpec, *, base_name: str, 
     ]
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
-        base_model_name_or_path=base_name,
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
@@ -73,12 +72,13 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def write_adapter(adapted: PeftModel, directory: Path) -> None:
+def write_adapter(adapted: PeftModel, base_name: str, directory: Path) -> None:
     """Write ``adapter_config.json`` and the additions, as peft and servers of adapters read them."""
     tensors = get_peft_model_state_dict(adapted, adapter_name=_NAME, save_embedding_layers=False)
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(plain, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config: Any = adapted.peft_config[_NAME]
+    config.base_model_name_or_path = base_name
     config.inference_mode = True
     config.save_pretrained(str(directory))
 
@@ -112,7 +112,7 @@ def _targets(network: PreTrainedModel, matrices: dict[str, nn.Module], spec: Ada
 def _heads(network: PreTrainedModel) -> list[str]:
     """Modules outside the backbone, which are new and so are trained whole, and a pooler between."""
     backbone = network.base_model
-    heads = [name for name, module in network.named_children() if module is not backbone and any(module.parameters())]
+    heads = [name for name, module in network.named_children() if module is not backbone and [*module.parameters()]]
     pooler = getattr(backbone, _POOLER, None)
     return [*heads, _POOLER] if isinstance(pooler, nn.Module) else heads
 

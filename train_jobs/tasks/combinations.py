@@ -18,10 +18,15 @@ def check_combination(task: TaskName, strategy: StrategyKind, adapter: AdapterSp
     if strategy == "pipeline" and task in _NOT_CUT:
         raise PlanError(f"strategy pipeline with task {task}: {_NOT_CUT[task]}; choose fsdp to spread a large model")
     if adapter is not None:
-        _check_adapter(adapter)
+        _check_adapter(task, adapter)
 
 
-def _check_adapter(adapter: AdapterSpec) -> None:
+def _check_adapter(task: TaskName, adapter: AdapterSpec) -> None:
+    if task == "classify" and adapter.publish == "adapter":
+        raise PlanError(
+            "adapter.publish: adapter with task classify: an adapter's files have no place for the labels' names; "
+            "set publish: merged"
+        )
     if adapter.rank < 1:
         raise PlanError(f"adapter.rank: {adapter.rank}; allowed: 1 or more")
     if adapter.alpha <= 0:
@@ -35,7 +40,7 @@ def _check_adapter(adapter: AdapterSpec) -> None:
 def check_task(spec: TaskSpec) -> None:
     """PlanError when the parts of a spec contradict each other."""
     if spec.adapter is not None:
-        _check_adapter(spec.adapter)
+        _check_adapter(spec.task, spec.adapter)
     if isinstance(spec.base, Architecture):
         _check_from_scratch(spec)
     if spec.task == "classify":

@@ -26,7 +26,7 @@ S = TypeVar("S", bound=Sums)
 
 
 def sum_over_workers(num_items: int, batch_items: int, empty: S, score: Callable[[NDArray[np.int64]], S]) -> S:
-    """``empty`` plus ``score`` of every batch of item numbers, over the workers of torch.distributed's default group."""
+    """``empty`` plus ``score`` of every batch of item numbers, shared by torch.distributed's default group."""
     joined = dist.is_available() and dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     batches = [np.arange(start, min(start + batch_items, num_items)) for start in range(0, num_items, batch_items)]

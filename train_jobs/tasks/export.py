@@ -1,4 +1,4 @@
-"""Trained weights in, one directory of safetensors with the tokenizer beside them out, as plain transformers loads it.
+"""Trained weights in, a directory of safetensors and tokenizer files out, as plain transformers loads it.
 
 What was not trained comes from the base again, so a checkpoint of an adapter is enough.
 """
@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from cluster.errors import PlanError
+from train_jobs.data.tokenizer import TOKENIZER_FILES
 from train_jobs.tasks.adapter import write_adapter
-from train_jobs.tasks.networks import Network, make_network
-from train_jobs.tasks.spec import Architecture, TaskSpec
+from train_jobs.tasks.networks import Network, make_network, quiet, stored_dtype
+from train_jobs.tasks.spec import Architecture, Checkpoint, TaskSpec
 from train_jobs.trainer.errors import CheckpointError
 from train_jobs.trainer.layers import trained_parameters
 
@@ -29,7 +30,8 @@ def export_network(spec: TaskSpec, weights: Mapping[str, torch.Tensor], director
     _fill(network, {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()})
     directory.mkdir(parents=True, exist_ok=True)
     if network.adapted is not None and spec.adapter is not None and spec.adapter.publish == "adapter":
-        write_adapter(network.adapted, directory)
+        assert isinstance(spec.base, Checkpoint), "check_task has refused it"
+        write_adapter(network.adapted, spec.base.name, directory)
     else:
         _write_whole(spec, network, directory)
     _copy_tokenizer(spec.tokenizer, directory)
@@ -52,7 +54,8 @@ def _write_whole(spec: TaskSpec, network: Network, directory: Path) -> None:
     dtype = _dtype(spec)
     whole.to(dtype)
     whole.config.dtype = dtype
-    whole.save_pretrained(directory)
+    with quiet():
+        whole.save_pretrained(directory)
 
 
 def _dtype(spec: TaskSpec) -> torch.dtype:
@@ -60,12 +63,12 @@ def _dtype(spec: TaskSpec) -> torch.dtype:
         return torch.float32 if spec.export_dtype == "float32" else torch.bfloat16
     if isinstance(spec.base, Architecture):
         return torch.float32
-    return stored_dtype(spec)
+    return stored_dtype(spec.base)
 
 
 def _copy_tokenizer(tokenizer: Path, directory: Path) -> None:
-    files = [path for path in sorted(tokenizer.iterdir()) if path.is_file()] if tokenizer.is_dir() else []
+    files = [tokenizer / name for name in TOKENIZER_FILES if name != "config.json" and (tokenizer / name).is_file()]
     if not files:
-        raise PlanError(f"tokenizer: {tokenizer} holds no files; prepare the data again")
+        raise PlanError(f"tokenizer: {tokenizer} holds no tokenizer; prepare the data again")
     for path in files:
         shutil.copyfile(path, directory / path.name)

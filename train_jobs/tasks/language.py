@@ -25,11 +25,18 @@ class LanguageModel(nn.Module):
     def forward(
         self, token_ids_BS: torch.Tensor, segments_BS: torch.Tensor, loss_mask_BS: torch.Tensor
     ) -> torch.Tensor:
-        """Logits [N, V] that predict the tokens where ``loss_mask_BS`` is set, row after row."""
-        hidden_BSD: torch.Tensor = self.network.base_model(
-            input_ids=token_ids_BS, position_ids=packed_positions(segments_BS), use_cache=False
-        ).last_hidden_state
-        return head_logits(self.network, hidden_BSD[:, :-1][loss_mask_BS[:, 1:]])
+        """See :func:`target_logits`."""
+        return target_logits(self.network, token_ids_BS, segments_BS, loss_mask_BS)
+
+
+def target_logits(
+    network: PreTrainedModel, token_ids_BS: torch.Tensor, segments_BS: torch.Tensor, loss_mask_BS: torch.Tensor
+) -> torch.Tensor:
+    """Logits [N, V] that predict the tokens where ``loss_mask_BS`` is set, row after row."""
+    hidden_BSD: torch.Tensor = network.base_model(
+        input_ids=token_ids_BS, position_ids=packed_positions(segments_BS), use_cache=False
+    ).last_hidden_state
+    return head_logits(network, hidden_BSD[:, :-1][loss_mask_BS[:, 1:]])
 
 
 def head_logits(network: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:

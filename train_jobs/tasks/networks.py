@@ -1,4 +1,4 @@
-"""A task's spec in, its transformers network out: from a directory or from random weights, with an adapter or without.
+"""A task's spec in, its transformers network out: from a directory or random weights, with or without an adapter.
 
 A causal language model for lm, sft and dpo; transformers' own sequence classification model for classify, so that
 what is trained is what anybody loads.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -50,8 +51,8 @@ def read_config(spec: TaskSpec) -> PretrainedConfig:
     context_tokens = getattr(text, "max_position_embeddings", None)
     if context_tokens is not None and spec.sequence_tokens > context_tokens:
         raise PlanError(
-            f"base: its context is {context_tokens} tokens, the data's sequences have {spec.sequence_tokens}; prepare "
-            f"the data with sequence_tokens <= {context_tokens}"
+            f"base: its context is {context_tokens} tokens, the data's sequences have {spec.sequence_tokens}; "
+            f"prepare the data with sequence_tokens <= {context_tokens}"
         )
     return config
 
@@ -63,19 +64,22 @@ def make_network(spec: TaskSpec, seed: int) -> Network:
     """
     config = read_config(spec)
     torch.manual_seed(seed)
-    with _quiet():
-        if isinstance(spec.base, Architecture):
-            module = _random(spec, config)
-        else:
-            module = _loaded(spec, spec.base, config)
+    with quiet():
+        module = _random(spec, config) if isinstance(spec.base, Architecture) else _loaded(spec, spec.base, config)
     return _adapted(spec, module)
 
 
 def outline(spec: TaskSpec) -> Network:
     """The network without any numbers in it, made in moments, to be counted."""
     config = read_config(spec)
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         return _adapted(spec, _random(spec, config))
+
+
+def stored_dtype(base: Checkpoint) -> torch.dtype:
+    """What the base's own weights are stored in."""
+    dtype = _stored_config(base).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def label_names(config: PretrainedConfig) -> tuple[str, ...]:
@@ -86,23 +90,20 @@ def label_names(config: PretrainedConfig) -> tuple[str, ...]:
 def _adapted(spec: TaskSpec, module: PreTrainedModel) -> Network:
     if spec.adapter is None:
         return Network(module=module.requires_grad_(True), adapted=None)
-    assert isinstance(spec.base, Checkpoint), "check_task has refused it"
-    classifies = spec.task == "classify"
-    return Network(
-        module=module,
-        adapted=add_adapter(module, spec.adapter, base_name=spec.base.name, classifies=classifies),
-    )
+    return Network(module=module, adapted=add_adapter(module, spec.adapter, classifies=spec.task == "classify"))
 
 
 def _stored_config(base: Checkpoint) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(base.directory, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise PlanError(f"base {base.name}: {base.directory} has no config that transformers reads: {error}") from error
+        raise PlanError(
+            f"base {base.name}: {base.directory} has no config that transformers reads: {error}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise PlanError(
-            f"base {base.name}: its weights are stored quantized, and cannot be trained; give the version that it was "
-            "quantized from"
+            f"base {base.name}: its weights are stored quantized, and cannot be trained; give the version that it "
+            "was quantized from"
         )
     return config
 
@@ -120,7 +121,7 @@ def _architecture(base: Architecture, spec: TaskSpec) -> PretrainedConfig:
     told["pad_token_id"] = None  # the embedding of what pads would not be trained, and it may be a real token
     try:
         config: PretrainedConfig = config_class(**settings, **told)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise PlanError(f"base.architecture: transformers refuses it: {error}") from error
     return config
 
@@ -204,7 +205,7 @@ def _auto_class(spec: TaskSpec, config: PretrainedConfig) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and reports of new heads on workers' output."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -4,6 +4,7 @@ Dimensions: B sequences, S positions, N targets, D model width.
 """
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def cut_stages(model: LanguageModel, num_stages: int) -> list[LanguageStage]:
         LanguageStage(
             _cut(network, start, stop, num_layers=num_layers), is_first=start == 0, is_last=stop == num_layers
         )
-        for start, stop in zip(borders, borders[1:], strict=False)
+        for start, stop in itertools.pairwise(borders)
     ]
 
 
