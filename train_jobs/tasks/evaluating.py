@@ -37,9 +37,10 @@ def sum_over_workers(num_items: int, batch_items: int, empty: S, score: Callable
             total += sums
     if size == 1:
         return total
-    gathered: list[Any] = [empty] * size
+    gathered = [empty] * size
     dist.all_gather_object(gathered, total)
-    return functools.reduce(operator.add, gathered)
+    whole: S = functools.reduce(operator.add, gathered)
+    return whole
 
 
 def device_of(model: nn.Module) -> torch.device:
