@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from deployments.runtime.adapter import Adapter
 from tests.support.tiny_task import EVALUATION, tiny_spec
 from tests.support.tiny_tasks import ARCHITECTURE, LABELS, LENGTH, LORA, save_base, task_spec, write_task_data
 from train_jobs.tasks.build import build_task
@@ -172,6 +173,9 @@ def test_adapter_is_published_alone_or_merged(kind: Any, llama: TaskSpec, tmp_pa
         logits_BSV = beside(input_ids=ids_BS).logits
         torch.testing.assert_close(logits_BSV, whole(input_ids=ids_BS).logits, rtol=1e-4, atol=1e-4)
     assert published_loss(merged, data["eval"]) == pytest.approx(result.metrics["loss"], rel=1e-4)
+    served, name = Adapter(adapter), "model.layers.2.mlp.down_proj.weight"
+    weight_NK = served.merged(name, AutoModelForCausalLM.from_pretrained(spec.base.directory).get_parameter(name))
+    torch.testing.assert_close(weight_NK, whole.get_parameter(name), rtol=1e-4, atol=1e-5)
 
 
 def test_classifier_with_an_adapter_trains_its_head_too(tmp_path: Path) -> None:
