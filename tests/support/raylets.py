@@ -3,6 +3,7 @@
 Each has a loopback address of its own, 127.0.0.2 and so on: Ray replaces 127.0.0.1 by one that others can reach.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -74,11 +75,17 @@ class Raylets:
             process.kill()
         self._head.wait()
 
-    def add_node(self, num_cpus: int) -> str:
-        """One more node; returns its id."""
+    @property
+    def address(self) -> str:
+        """Of the control store; what ``ray.init`` of a driver on the head is given."""
+        return self._address
+
+    def add_node(self, num_cpus: int, **resources: float) -> str:
+        """One more node, with custom resources; returns its id."""
         before = self.node_ids()
         host = 3 + len(self._started)
-        self._start(f"--address={self._address}", num_cpus, {"node-ip-address": f"127.0.0.{host}"})
+        options = {"node-ip-address": f"127.0.0.{host}", "resources": json.dumps(resources)}
+        self._start(f"--address={self._address}", num_cpus, options)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not (new := self.node_ids() - before):
             assert time.monotonic() < deadline, "the node never came"
