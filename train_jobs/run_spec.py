@@ -1,9 +1,13 @@
 """What a launched run is told, besides its training spec: who it is, what its workers need, when to give up."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import PlanError
+from train_jobs.trainer.committed import CHECKPOINTS
+from train_jobs.trainer.duration import num_micro_batches
 from train_jobs.trainer.spec import TrainSpec, data_workers
 
 TRAIN_SLOT = "train_slot"
@@ -29,25 +33,44 @@ class RunSpec:
     """One run of one job, with resolved values only."""
 
     job: str
-    run_id: str
-    """Names the run directory; submitting the same id again continues the run."""
-    storage: str
-    """Absolute directory that every node reaches."""
+    run_dir: Path
+    """Below a storage that every node reaches; its name is the run's id. Launching it again continues the run."""
+    data_directory: str | None
+    """Prepared data it reads, relative to the storage."""
     train: TrainSpec
     min_workers: int
     max_workers: int
     """More than ``min_workers``: the number of workers follows what the cluster has free."""
     needs: WorkerNeeds
+    start_timeout_s: float
+    """A worker that has not begun its first step for this long is stuck."""
     step_timeout_s: float
     """A worker that has begun no new step for this long is stuck; evaluations and checkpoints are parts of steps."""
-    grow_after_s: float
+    resize_delay_s: float
     """Room for more workers must have been there for this long before a run stops to grow into it."""
-    max_losses: int
-    """Lost workers, one time after the other without a new checkpoint between, after which the run has failed."""
+    max_failures: int
+    """Times that workers may be lost one after the other, without a new checkpoint between."""
     materials: str
     """``module:function`` that takes ``arguments`` and returns the run's Materials, on every worker."""
     arguments: Any
+    settings: Mapping[str, Any]
+    """What was asked for, as JSON values, for people to read in ``spec.json``."""
     code_digest: str
+
+    @property
+    def run_id(self) -> str:
+        """The run's name."""
+        return self.run_dir.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints lie."""
+        return self.run_dir / CHECKPOINTS
+
+    @property
+    def stacks(self) -> Path:
+        """Where the stacks of stuck workers go."""
+        return self.run_dir / "stacks"
 
 
 def allowed_sizes(spec: RunSpec) -> tuple[int, ...]:
@@ -65,16 +88,12 @@ def allowed_sizes(spec: RunSpec) -> tuple[int, ...]:
         else:
             sizes.append(size)
     if not sizes:
-        raise refusal or PlanError(f"workers: {spec.min_workers} to {spec.max_workers} is no number; write min <= max")
+        raise refusal or PlanError(
+            f"workers: {spec.min_workers} to {spec.max_workers} is no number; write min <= max"
+        )
     return tuple(sizes)
 
 
 def check_size(train: TrainSpec, size: int) -> None:
     """Raises PlanError when ``size`` workers cannot form the strategy or share the batch equally."""
-    shares = data_workers(train.strategy, size)
-    batch = train.batch
-    if batch.sequences % (shares * batch.micro_sequences):
-        raise PlanError(
-            f"batch.sequences: {batch.sequences} sequences are not a multiple of {shares} shares x "
-            f"{batch.micro_sequences} micro_sequences; change one of them, or the number of workers"
-        )
+    num_micro_batches(train.batch, data_workers(train.strategy, size))

@@ -36,9 +36,16 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["prepare", "train", "tune", "evaluate"]
     status: Status
     error: str | None = None
+    waiting: str | None = None
+    """What a run that is not over waits for, such as room in the cluster."""
     step: int = 0
     """Steps done."""
     num_steps: int | None = None
+    loss: float | None = None
+    """Of the last step."""
+    tokens_per_s: float | None = None
+    remaining_s: float | None = None
+    """Until the last step, at the pace of this attempt."""
     began: float
     changed: float
     ended: float | None = None

@@ -16,6 +16,8 @@ _TOKEN_S = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5
 GATEWAY = ("model", "endpoint")
 REPLICA = ("model", "version")
 STAGE = ("model", "version", "stage")
+JOB = ("job",)
+WORKER = ("job", "worker")
 
 COUNTERS: dict[str, tuple[str, Sequence[str]]] = {
     "manta_requests_total": ("Requests answered or refused, by HTTP status.", (*GATEWAY, "status")),
@@ -35,6 +37,10 @@ COUNTERS: dict[str, tuple[str, Sequence[str]]] = {
     "manta_stage_compute_seconds_total": ("Time a stage computed.", STAGE),
     "manta_stage_transfer_seconds_total": ("Time a stage took to send its result, beside computing.", STAGE),
     "manta_stage_steps_total": ("Steps a stage computed.", STAGE),
+    "manta_train_tokens_total": ("Tokens trained on, without padding.", JOB),
+    "manta_train_step_seconds_total": ("Time that steps took.", JOB),
+    "manta_train_data_wait_seconds_total": ("The part of it in which the first worker waited for data.", JOB),
+    "manta_train_checkpoint_stall_seconds_total": ("The part of it in which it was held up by checkpoints.", JOB),
 }
 GAUGES: dict[str, tuple[str, Sequence[str]]] = {
     "manta_requests_in_flight": ("Requests the gateway is working on.", ("endpoint",)),
@@ -42,6 +48,14 @@ GAUGES: dict[str, tuple[str, Sequence[str]]] = {
     "manta_num_requests_waiting": ("Requests waiting to be admitted to the batch.", REPLICA),
     "manta_num_tokens_waiting": ("Prompt tokens not yet computed.", REPLICA),
     "manta_kv_cache_usage": ("Fraction of KV blocks in use.", REPLICA),
+    "manta_train_step": ("Steps done.", JOB),
+    "manta_train_loss": ("Mean over the targets of the last step.", JOB),
+    "manta_train_learning_rate": ("Of the last step.", JOB),
+    "manta_train_grad_norm": ("Of the last step, before clipping.", JOB),
+    "manta_train_tokens_per_second": ("Of the last step, over all workers.", JOB),
+    "manta_train_mfu": ("Achieved share of the devices' matrix product rate.", JOB),
+    "manta_train_padding_ratio": ("Share of the last step's positions that are padding.", JOB),
+    "manta_train_memory_bytes": ("Resident memory of a worker, or what its accelerator has allocated.", WORKER),
 }
 HISTOGRAMS: dict[str, tuple[str, Sequence[str], Sequence[float]]] = {
     "manta_time_to_first_token_seconds": ("From the request's arrival to its first token.", GATEWAY, _LATENCY_S),

@@ -1,7 +1,7 @@
 """What keeps a run alive: workers that die, hang, come and go in, attempts that continue one another out.
 
 room.py how many workers fit · resizing.py when to change their number · watchdog.py who is stuck ·
-restarts.py when to give up · progress.py how long it will take
+restarts.py when to give up
 monitor.py the actor workers report to · pulse.py their side of it · worker.py what each of them runs
 stacks.py what stuck ones were doing · policies.py Ray Train's questions, answered by these
 """

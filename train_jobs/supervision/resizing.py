@@ -12,9 +12,9 @@ from train_jobs.supervision.room import largest
 class Resizing:
     """The hysteresis of one run; times are those of any steady clock, seconds."""
 
-    def __init__(self, sizes: Collection[int], *, grow_after_s: float) -> None:
+    def __init__(self, sizes: Collection[int], *, delay_s: float) -> None:
         self._sizes = tuple(sizes)
-        self._grow_after_s = grow_after_s
+        self._delay_s = delay_s
         self._room_since: float | None = None
 
     def restarted(self) -> None:
@@ -22,7 +22,7 @@ class Resizing:
         self._room_since = None
 
     def should(self, *, size: int, places: int, on_leaving_nodes: bool, now: float) -> bool:
-        """Whether the group of ``size`` should save and make way; ``places`` are for the next one, its own included."""
+        """Whether the group of ``size`` should save and make way; ``places`` are those of the next one."""
         if on_leaving_nodes:
             return True
         best = largest(self._sizes, places)
@@ -31,4 +31,4 @@ class Resizing:
             return False
         if self._room_since is None:
             self._room_since = now
-        return now - self._room_since >= self._grow_after_s
+        return now - self._room_since >= self._delay_s

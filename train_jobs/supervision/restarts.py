@@ -1,22 +1,22 @@
-"""When to give up on a run that keeps losing its workers: losses and checkpoints in, another try or not out."""
+"""When to give up on a run that keeps losing its workers: failures and checkpoints in, another try or not out."""
 
 
 class Restarts:
-    """Counts losses since the run last got further than before."""
+    """Counts failures since the run last got further than before."""
 
-    def __init__(self, max_losses: int) -> None:
-        self._max_losses = max_losses
-        self._losses = 0
+    def __init__(self, max_failures: int) -> None:
+        self._max_failures = max_failures
+        self._failures = 0
         self._step = 0
 
     @property
-    def losses(self) -> int:
+    def failures(self) -> int:
         """One after the other, without a new checkpoint between."""
-        return self._losses
+        return self._failures
 
-    def try_again(self, newest_step: int) -> bool:
-        """A group was lost, and the newest checkpoint holds ``newest_step`` steps: whether to start another one."""
-        if newest_step > self._step:
-            self._step, self._losses = newest_step, 0
-        self._losses += 1
-        return self._losses <= self._max_losses
+    def try_again(self, newest_step: int | None) -> bool:
+        """A group failed, and the newest checkpoint holds ``newest_step`` steps: whether to start another one."""
+        if newest_step is not None and newest_step > self._step:
+            self._step, self._failures = newest_step, 0
+        self._failures += 1
+        return self._failures <= self._max_failures

@@ -10,9 +10,6 @@ from typing import Literal
 Stage = Literal["starting", "stepping", "paused", "ended"]
 """``paused`` and ``ended`` workers have nothing to do, and are not watched."""
 
-STARTING_TIMEOUT_S = 1800.0
-"""A first step may wait for downloads, for every worker's model and for a compiler."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standstill:
@@ -32,8 +29,8 @@ class Standstill:
 class Watch:
     """One attempt's workers; times are those of any steady clock, seconds."""
 
-    def __init__(self, num_workers: int, *, step_timeout_s: float, now: float) -> None:
-        self._step_timeout_s = step_timeout_s
+    def __init__(self, num_workers: int, *, start_timeout_s: float, step_timeout_s: float, now: float) -> None:
+        self._limits_s = {"starting": start_timeout_s, "stepping": step_timeout_s}
         self._places: dict[int, tuple[Stage, int]] = dict.fromkeys(range(num_workers), ("starting", 0))
         self._since = dict.fromkeys(range(num_workers), now)
 
@@ -52,14 +49,11 @@ class Watch:
 
         Those that still compute are in it too: the attempt ends with them.
         """
-        watched = {rank: place for rank, place in self._places.items() if place[0] in ("starting", "stepping")}
-        if not any(now - self._since[rank] > self._limit_s(place[0]) for rank, place in watched.items()):
+        watched = {rank: place for rank, place in self._places.items() if place[0] in self._limits_s}
+        if not any(now - self._since[rank] > self._limits_s[place[0]] for rank, place in watched.items()):
             return ()
         found = [
             Standstill(rank=rank, stage=stage, step=step, silent_s=now - self._since[rank])
             for rank, (stage, step) in watched.items()
         ]
         return tuple(sorted(found, key=lambda one: (one.stage != "starting", one.step, -one.silent_s)))
-
-    def _limit_s(self, stage: Stage) -> float:
-        return self._step_timeout_s if stage == "stepping" else max(self._step_timeout_s, STARTING_TIMEOUT_S)

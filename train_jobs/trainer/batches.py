@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster.errors import PlanError
 from train_jobs.data.sampler import Order
+from train_jobs.trainer.duration import num_micro_batches
 from train_jobs.trainer.spec import BatchSpec
 from train_jobs.trainer.task import MicroBatch
 
@@ -31,29 +31,6 @@ class Readable(Protocol):
 
     def read(self, indices: NDArray[np.int64]) -> Any:
         """A dataclass of arrays, or None for those that the data do not have."""
-
-
-def num_micro_batches(batch: BatchSpec, num_shares: int) -> int:
-    """Micro-batches per step of each of ``num_shares`` shares; PlanError when they would not be equally many."""
-    if batch.micro_sequences < 1 or batch.sequences < 1 or batch.sequences % batch.micro_sequences:
-        raise PlanError(
-            f"batch.micro_sequences: {batch.sequences} sequences are not a multiple of {batch.micro_sequences}; "
-            "set micro_sequences to a divisor of sequences"
-        )
-    number = batch.sequences // batch.micro_sequences
-    if number % num_shares:
-        possible = ", ".join(map(str, exact_shares(batch, number)))
-        raise PlanError(
-            f"batch: {number} micro-batches of {batch.micro_sequences} sequences cannot be shared equally by "
-            f"{num_shares} workers; allowed: {possible}; change workers, or batch.micro_sequences"
-        )
-    return number // num_shares
-
-
-def exact_shares(batch: BatchSpec, limit: int) -> tuple[int, ...]:
-    """Numbers of data-parallel workers up to ``limit`` at which the global batch stays exact."""
-    number = batch.sequences // batch.micro_sequences
-    return tuple(shares for shares in range(1, min(number, limit) + 1) if number % shares == 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ import msgspec
 from cluster.durable import sync_folder, write_durably
 from cluster.registry.tree import file_sha256
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run directory that they lie in."""
 COMMITTED = "COMMITTED"
 DIGESTS = "digests.json"
 META = "meta.json"
@@ -55,6 +57,11 @@ def checkpoint_directory(root: Path, step: int) -> Path:
 def committed_steps(root: Path) -> list[int]:
     """Steps of the committed checkpoints, oldest first."""
     return sorted(step for step, path in _directories(root) if (path / COMMITTED).is_file())
+
+
+def newest_step(root: Path) -> int | None:
+    """Steps that the newest committed checkpoint holds; None when there is none."""
+    return max(committed_steps(root), default=None)
 
 
 def remove_uncommitted(root: Path) -> None:

@@ -17,7 +17,7 @@ from train_jobs.trainer.attempt import Attempt, Progress
 from train_jobs.trainer.averaging import WeightAverage
 from train_jobs.trainer.batches import Feed, Readable
 from train_jobs.trainer.checkpoint import Checkpoints
-from train_jobs.trainer.committed import Meta, checkpoint_directory
+from train_jobs.trainer.committed import CHECKPOINTS, Meta, checkpoint_directory
 from train_jobs.trainer.duration import total_steps
 from train_jobs.trainer.errors import CheckpointError
 from train_jobs.trainer.hooks import Hooks, TrainResult
@@ -29,8 +29,6 @@ from train_jobs.trainer.state import TrainState
 from train_jobs.trainer.strategies.choosing import Spread, check_fits, spread
 from train_jobs.trainer.task import Task
 from train_jobs.trainer.world import World
-
-CHECKPOINTS = "checkpoints"
 
 
 class Trainer:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from cluster.errors import PlanError
-from train_jobs.trainer.batches import num_micro_batches
+from train_jobs.trainer.duration import num_micro_batches
 from train_jobs.trainer.layers import (
     compile_layers,
     layer_matrices,

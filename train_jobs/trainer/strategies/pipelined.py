@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from cluster.errors import PlanError
-from train_jobs.trainer.batches import Share, num_micro_batches
+from train_jobs.trainer.batches import Share
+from train_jobs.trainer.duration import num_micro_batches
 from train_jobs.trainer.layers import persistent_buffers, trained_parameters
 from train_jobs.trainer.spec import Pipeline, TrainSpec
 from train_jobs.trainer.strategies.gradient_sum import GradientSum

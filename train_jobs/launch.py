@@ -1,0 +1,157 @@
+"""A run from start to end: a RunSpec in; workers on Ray, a run directory and an outcome out. Runs in the driver."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import msgspec
+import ray
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.durable import write_durably
+from cluster.errors import PlanError
+from cluster.runs.files import SPEC, STATE
+from cluster.runs.state import RunState, read_state
+from train_jobs.run_spec import TRAIN_SLOT, RunSpec, allowed_sizes
+from train_jobs.supervision.monitor import Monitor
+from train_jobs.supervision.policies import deliberate
+from train_jobs.supervision.trainer import SupervisedTrainer
+from train_jobs.trainer.errors import TrainingError
+from train_jobs.trainer.hooks import TrainResult
+
+Watcher = Callable[[RunState], None]
+"""Told of the run's state about once a second."""
+
+NAMESPACE = "manta-train"
+_SETTINGS = {
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # RoomPolicy looks at draining nodes itself, and saves first
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # groups are started when they fit
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+_TELL_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a launch ended, and the state it left in the run directory."""
+
+    result: TrainResult
+    state: RunState
+
+
+def launch(spec: RunSpec, watcher: Watcher) -> Outcome:
+    """Train to the end, from wherever the run stands; Ray must be connected.
+
+    SIGTERM and Ctrl-C save and stop the run. Raises PlanError for what cannot be, whatever workers raise on purpose,
+    and TrainingError when workers are lost again and again.
+    """
+    allowed_sizes(spec)
+    _check_slots()
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    spec.run_dir.mkdir(parents=True, exist_ok=True)
+    write_durably(spec.run_dir / SPEC, msgspec.json.format(msgspec.json.encode(spec.settings), indent=2) + b"\n")
+    monitor = _start_monitor(spec)
+    try:
+        return _follow(spec, monitor, watcher)
+    finally:
+        ray.kill(monitor)
+
+
+def _check_slots() -> None:
+    if not any(node["Resources"].get(TRAIN_SLOT) for node in ray.nodes() if node["Alive"]):
+        raise PlanError(
+            f"no node of the cluster has the resource {TRAIN_SLOT}, which says how many training workers it takes; "
+            f"write `{TRAIN_SLOT}: 2` under resources of a node (local), or start nodes with "
+            f"`ray start --resources '{{\"{TRAIN_SLOT}\": 2}}'`"
+        )
+
+
+def _start_monitor(spec: RunSpec) -> Any:
+    """The run's monitor, beside the driver and gone with it; its name keeps a second driver out."""
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    name = f"{spec.job}/{spec.run_id}"
+    actor = ray.remote(Monitor).options(name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
+    try:
+        return actor.remote(spec, read_state(spec.run_dir) if (spec.run_dir / STATE).is_file() else None)
+    except ValueError as error:  # Ray's word for a name that is taken
+        raise TrainingError(
+            f"run {name} is under way already; follow it in {spec.run_dir}, or stop it before submitting it again"
+        ) from error
+
+
+def _follow(spec: RunSpec, monitor: Any, watcher: Watcher) -> Outcome:
+    fit = _Fit(spec, monitor)
+    fit.start()
+    with _signals_stop(monitor):
+        while fit.is_alive():
+            fit.join(_TELL_EVERY_S)
+            with suppress(ray.exceptions.GetTimeoutError):
+                watcher(ray.get(monitor.state.remote(), timeout=10))
+    if fit.error is not None:
+        error = _as_ours(spec, fit.error)
+        ray.get(monitor.end_attempt.remote("failed", str(error)))
+        watcher(ray.get(monitor.conclude.remote(status="failed", error=str(error))))
+        raise error from fit.error
+    result = fit.result
+    assert result is not None, "Ray Train ended without a result and without an error"
+    ray.get(monitor.end_attempt.remote(result.outcome))
+    done = {"status": result.outcome, "step": result.step, "num_steps": result.num_steps}
+    state: RunState = ray.get(monitor.conclude.remote(**done))
+    watcher(state)
+    return Outcome(result=result, state=state)
+
+
+class _Fit(threading.Thread):
+    """Ray Train's blocking call; signals stay with the main thread."""
+
+    def __init__(self, spec: RunSpec, monitor: Any) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._trainer = SupervisedTrainer(spec, monitor)
+        self.result: TrainResult | None = None
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Until the run has ended."""
+        try:
+            self.result = self._trainer.fit().return_value
+        except Exception as error:  # handed to the main thread
+            self.error = error
+
+
+def _as_ours(spec: RunSpec, error: Exception) -> Exception:
+    if not isinstance(error, TrainingFailedError):
+        return error
+    own = deliberate(error)
+    if own is not None:
+        return own
+    return TrainingError(
+        f"job {spec.job}: its workers failed more than {spec.max_failures} times in a row without a new checkpoint; "
+        f"the last time: {error}"
+    )
+
+
+@contextmanager
+def _signals_stop(monitor: Any) -> Iterator[None]:
+    """SIGTERM and Ctrl-C save and stop the run, inside the block; only the main thread can be told."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signature of a handler)
+        monitor.stop.remote()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

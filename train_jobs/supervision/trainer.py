@@ -1,0 +1,39 @@
+"""Ray Train's trainer with this package's policies in place of its own."""
+
+from typing import Any
+
+from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from train_jobs.run_spec import RunSpec
+from train_jobs.supervision.policies import RestartPolicy, RoomPolicy
+from train_jobs.supervision.worker import run_worker
+
+
+class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+    """Runs ``run_worker`` on as many workers as there is room for."""
+
+    def __init__(self, spec: RunSpec, monitor: Any) -> None:
+        """``monitor`` is the handle of the Monitor actor."""
+        self._spec = spec
+        self._monitor = monitor
+        super().__init__(
+            run_worker,
+            train_loop_config={"spec": spec, "monitor": monitor},
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if spec.needs.gpus else "gloo",
+                timeout_s=int(max(spec.start_timeout_s, spec.step_timeout_s)) + 60,  # the watchdog comes first
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=spec.max_workers, use_gpu=spec.needs.gpus > 0, resources_per_worker=spec.needs.resources()
+            ),
+            run_config=RunConfig(name=spec.run_id, storage_path=str(spec.run_dir.parent)),
+        )
+
+    def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
+        """Of Ray: starts the controller with these arguments."""
+        policies = {
+            "scaling_policy": RoomPolicy(self.scaling_config, self._spec, self._monitor),
+            "failure_policy": RestartPolicy(FailureConfig(), self._spec, self._monitor),
+        }
+        return super()._initialize_and_run_controller(**controller_init_kwargs | policies)

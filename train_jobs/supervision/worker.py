@@ -1,0 +1,54 @@
+"""What Ray Train runs on every worker: a RunSpec in, the trainer's result out."""
+
+import os
+import time
+from typing import Any
+
+import ray
+import torch
+from ray import train
+from ray.train.torch import get_device
+
+from cluster.control.code import check_code_digest
+from train_jobs.materials import gather
+from train_jobs.run_spec import RunSpec
+from train_jobs.supervision.messages import Place
+from train_jobs.supervision.pulse import BEAT_S, Pulse
+from train_jobs.trainer.hooks import TrainResult
+from train_jobs.trainer.loop import Trainer
+from train_jobs.trainer.world import World
+
+
+def run_worker(config: dict[str, Any]) -> TrainResult:
+    """One worker's attempt: from wherever the run directory stands to the end, a stop, or a pause that never ends."""
+    spec: RunSpec = config["spec"]
+    check_code_digest(spec.code_digest)
+    monitor = config["monitor"]
+    rank = train.get_context().get_world_rank()
+    place = Place(node_id=ray.get_runtime_context().get_node_id(), pid=os.getpid())
+    attempt = ray.get(monitor.join.remote(rank, place))
+    pulse = Pulse(monitor, job=spec.job, attempt=attempt, rank=rank)
+    try:
+        result = _train(spec, pulse)
+        while result.outcome == "stopped" and pulse.say("paused") == "pause":
+            time.sleep(BEAT_S)  # the controller ends this process once it has seen that every worker has saved
+        pulse.say("ended")
+    finally:
+        pulse.close()
+    return result
+
+
+def _train(spec: RunSpec, pulse: Pulse) -> TrainResult:
+    torch.set_num_threads(spec.needs.threads)
+    if spec.train.deterministic and spec.needs.gpus:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    materials = gather(spec.materials, spec.arguments)
+    return Trainer(
+        spec=spec.train,
+        task=materials.task,
+        shards=materials.shards,
+        evaluation_data=materials.evaluation_data,
+        run_dir=spec.run_dir,
+        world=World.current(get_device()),
+        hooks=pulse,
+    ).run()
