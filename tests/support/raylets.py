@@ -55,7 +55,7 @@ class Raylets:
         """A client of the control store."""
         return GcsClient(address=self._address)
 
-    def start_head(self, num_cpus: int) -> None:
+    def start_head(self, num_cpus: int, **resources: float) -> None:
         """The node with the control store and the dashboard; again after :meth:`kill_head`, on the same port."""
         options = {
             "node-ip-address": "127.0.0.2",
@@ -64,6 +64,7 @@ class Raylets:
             "dashboard-port": self.dashboard_port,
             "ray-client-server-port": self._client_port,
             "temp-dir": self.temp_dir,
+            "resources": json.dumps(resources),
         }
         self._head = self._start("--head", num_cpus, options)
 

@@ -1,0 +1,205 @@
+"""Runs on a Ray of several nodes: whatever happens to workers, drivers and nodes, the result is the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+
+from cluster.errors import PlanError
+from cluster.runs.state import RunState, read_state
+from tests.support.raylets import Raylets
+from tests.support.tiny_run import seen, tiny_run
+from train_jobs.launch import Outcome, launch
+from train_jobs.run_spec import RunSpec
+from train_jobs.trainer import committed
+from train_jobs.trainer.errors import TrainingError
+from train_jobs.trainer.state import trained_weights
+
+pytestmark = pytest.mark.ray
+
+_PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def raylets() -> Iterator[Raylets]:
+    """Nodes ``a``, the head, and ``b`` take a worker each."""
+    raylets = Raylets()
+    try:
+        raylets.start_head(1, train_slot=1, a=1)
+        raylets.add_node(1, train_slot=1, b=1)
+        ray.init(address=raylets.address, _node_ip_address="127.0.0.2", log_to_driver=False)
+        yield raylets
+    finally:
+        raylets.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(raylets: Raylets, folder: Path) -> Outcome:
+    return run(tiny_run(folder, "undisturbed"))
+
+
+def run(spec: RunSpec) -> Outcome:
+    return launch(spec, lambda state: None)
+
+
+def weights(outcome: Outcome) -> dict[str, torch.Tensor]:
+    return trained_weights(outcome.result.checkpoint, averaged=False)
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def wait_until(spec: RunSpec, holds: Callable[[RunState], bool]) -> RunState:
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        state = read_state(spec.run_dir) if (spec.run_dir / "state.json").exists() else None
+        if state is not None and holds(state):
+            return state
+        assert time.monotonic() < deadline, state
+        time.sleep(0.1)
+
+
+def test_lost_and_stuck_workers_leave_no_trace_in_the_result(undisturbed: Outcome, folder: Path) -> None:
+    spec = tiny_run(folder, "disturbed", kill_saving=True, kill_at=12, hang_at=17, step_timeout_s=4.0)
+    outcome = run(spec)
+    assert same_bits(weights(outcome), weights(undisturbed))
+    state = outcome.state
+    assert state.status == "finished"
+    assert [one.end for one in state.attempts] == ["failed"] * 3 + ["finished"]
+    # the first was killed between upload and commit: nothing of its checkpoint was to be had
+    assert [one.resumed_from for one in state.attempts][:2] == [None, None]
+    assert state.attempts[3].resumed_from in (10, 15)
+    assert "worker 1 stands still in step 17" in str(state.attempts[2].reason)
+    stacks = {path.name: path.read_text() for path in spec.stacks.rglob("worker-*.txt")}
+    assert stacks.keys() == {"worker-0.txt", "worker-1.txt"}
+    assert "loss (tests/support/tiny_run.py" in stacks["worker-1.txt"]
+    notes = folder / "notes" / "disturbed"
+    killed, stepped = (float((notes / f"{name}-time").read_text()) for name in ("killed", "stepped-again"))
+    print(f"\nfrom the kill of a worker to its successor's first step: {stepped - killed:.1f} s")
+
+
+def test_what_a_worker_refuses_ends_the_run_at_once(raylets: Raylets, folder: Path) -> None:
+    spec = tiny_run(folder, "refused", refuse_at=3)
+    with pytest.raises(TrainingError, match="step 3: the test wants no more"):
+        run(spec)
+    state = read_state(spec.run_dir)
+    assert (state.status, len(state.attempts)) == ("failed", 1)
+    assert state.error == "step 3: the test wants no more"
+    with pytest.raises(PlanError, match="cannot be shared equally by 3 workers"):
+        run(tiny_run(folder, "three", workers=(3, 3)))
+
+
+DRIVER = """
+import sys, pickle, ray
+from pathlib import Path
+from train_jobs.launch import launch
+ray.init(address=sys.argv[1], _node_ip_address="127.0.0.2", log_to_driver=False)
+launch(pickle.loads(Path(sys.argv[2]).read_bytes()), lambda state: None)
+"""
+
+
+def start_driver(raylets: Raylets, spec: RunSpec, folder: Path) -> subprocess.Popen[bytes]:
+    import pickle
+
+    path = folder / "spec.pickle"
+    path.write_bytes(pickle.dumps(spec))
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    return subprocess.Popen([sys.executable, "-c", DRIVER, raylets.address, str(path)], env=environment)
+
+
+def test_a_run_whose_driver_died_or_was_stopped_goes_on(raylets: Raylets, undisturbed: Outcome, folder: Path) -> None:
+    spec = tiny_run(folder, "driven", step_s=0.1)
+    driver = start_driver(raylets, spec, folder)
+    wait_until(spec, lambda state: state.step >= 6)
+    with pytest.raises(TrainingError, match="tiny/driven is under way already"):
+        run(spec)
+    driver.kill()
+    driver.wait()
+    driver = start_driver(raylets, spec, folder)
+    wait_until(spec, lambda state: len(state.attempts) == 2 and state.step >= 8)
+    psutil.Process(driver.pid).send_signal(signal.SIGTERM)
+    assert driver.wait() == 0
+    stopped = read_state(spec.run_dir)
+    assert stopped.status == "stopped"
+    assert committed.newest_step(spec.checkpoints) == stopped.step
+    outcome = run(spec)
+    assert same_bits(weights(outcome), weights(undisturbed))
+    assert [one.end for one in outcome.state.attempts] == ["failed", "stopped", "finished"]
+    assert outcome.state.attempts[2].resumed_from == stopped.step
+
+
+class Launched(threading.Thread):
+    """A run beside the test."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.outcome: Outcome | None = None
+        self.start()
+
+    def run(self) -> None:
+        self.outcome = run(self.spec)
+
+
+def hold(node: str, cpus: float) -> Any:
+    """An actor that takes a node's cores, as replicas do."""
+
+    @ray.remote(num_cpus=cpus, resources={node: 0.1})
+    class Holder:
+        def ready(self) -> None: ...
+
+    holder = Holder.remote()
+    ray.get(holder.ready.remote())
+    return holder
+
+
+def test_workers_come_and_go_and_serving_keeps_its_cores(raylets: Raylets, folder: Path) -> None:
+    steps = 120
+    expected = run(tiny_run(folder, "fixed", steps=steps))
+    first, second = hold("a", 1.0), hold("b", 1.0)
+    spec = tiny_run(folder, "elastic", workers=(1, 2), steps=steps, step_s=0.1)
+    launched = Launched(spec)
+    waiting = wait_until(spec, lambda state: state.waiting is not None)
+    assert "CPU 0.5, train_slot 1 each do not fit" in str(waiting.waiting)
+    assert not waiting.attempts
+    ray.kill(first)
+    alone = wait_until(spec, lambda state: state.step >= 5)
+    wait_until(spec, lambda state: state.changed > alone.changed + 4.0)  # resizes are considered every second
+    assert [one.num_workers for one in read_state(spec.run_dir).attempts] == [1]
+    ray.kill(second)
+    grown = wait_until(
+        spec, lambda state: len(state.attempts) == 2 and state.step > (state.attempts[1].resumed_from or 0) + 2
+    )
+    assert grown.attempts[1].num_workers == 2
+    (leaving,) = [node["NodeID"] for node in ray.nodes() if node["Alive"] and "b" in node["Resources"]]
+    raylets.drain(leaving)
+    wait_until(
+        spec, lambda state: len(state.attempts) == 3 and state.step > (state.attempts[2].resumed_from or 0) + 2
+    )
+    raylets.add_node(1, train_slot=1)
+    wait_until(spec, lambda state: len(state.attempts) == 4 and state.step > (state.attempts[3].resumed_from or 0))
+    (folder / "notes" / "elastic" / "hurry").touch()
+    launched.join(_PATIENCE_S)
+    assert launched.outcome is not None
+    attempts = launched.outcome.state.attempts
+    assert [one.num_workers for one in attempts] == [1, 2, 1, 2]
+    assert [one.end for one in attempts] == ["resized"] * 3 + ["finished"]
+    # each was saved before it ended: no step was done twice
+    assert seen(folder, "elastic") == seen(folder, "fixed")
+    assert launched.outcome.result.loss == pytest.approx(expected.result.loss, rel=1e-5)
