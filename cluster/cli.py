@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster import cli_drill, cli_models, cli_report
+from cluster import cli_drill, cli_jobs, cli_models, cli_report
 from cluster.config.load import load_config
 from cluster.config.schema import ClusterConfig, json_schema
 from cluster.control.apply import down, plan_actions, up
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True, metavar="VERB"
     )
     _add(config_verb, "schema", _schema, "print the JSON schema of the YAML, for editors", as_json=False)
+    cli_jobs.add_parsers(verbs)
     cli_drill.add_parser(verbs)
     cli_models.add_parser(verbs)
     cli_report.add_parser(verbs)
@@ -168,8 +169,13 @@ def _validate(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(config.model_dump(mode="json"))
     else:
-        names = ", ".join(model.name for model in config.models)
-        _print(f"{args.config} is valid: cluster {config.name} with {len(config.models)} models ({names}).")
+        counted = {"models": config.models, "jobs": config.jobs}
+        said = [
+            f"{len(entries)} {what} ({', '.join(entry.name for entry in entries)})"
+            for what, entries in counted.items()
+            if entries
+        ]
+        _print(f"{args.config} is valid: cluster {config.name} with {' and '.join(said)}.")
     return 0
 
 

@@ -55,3 +55,15 @@ def exact_bytes(num_bytes: int) -> str:
 def exact_seconds(seconds: float) -> str:
     """``seconds`` with its unit, so that ``parse_seconds`` gives it back exactly, e.g. ``600s`` or ``0.25s``."""
     return f"{Decimal(repr(float(seconds))):f}s".replace(".0s", "s")
+
+
+def format_duration(seconds: float) -> str:
+    """``seconds`` for people, in its two largest units: ``45s``, ``3m 20s``, ``5h 07m``, ``2d 03h``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"

@@ -14,7 +14,8 @@ from train_jobs.data.manifest import Manifest
 from train_jobs.data.prepare import find_current, prepared_directory
 from train_jobs.job import read_prepare
 from train_jobs.preparing import run_prepare
-from train_jobs.tables import data_view, prepare_view
+from train_jobs.resolving import look_at_data, resolve
+from train_jobs.tables import data_view, prepare_view, train_values, train_view
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,9 @@ def dry_run(config: ClusterConfig, name: str, report: Report) -> Shown:
     match plan.kind:
         case "prepare":
             return _look_at_data(config, plan, report)
+        case "train":
+            resolved = resolve(config, plan, look_at_data(config, plan, report.progress), report.progress)
+            return Shown(view=train_view(resolved), values=train_values(resolved))
         case _:
             raise PlanError(f"jobs.{name}: kind {plan.kind} cannot be run yet")
 

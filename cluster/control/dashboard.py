@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import requests
 
 from cluster.errors import ControlError
@@ -94,6 +95,47 @@ class Dashboard:
                 continue
         return "".join(texts)
 
+    def jobs(self) -> list[dict[str, Any]]:
+        """Jobs, ended ones too, each with ``submission_id``, ``status``, ``metadata``, and times in milliseconds."""
+        return list(self._json("GET", "/api/jobs/"))
+
+    def job(self, submission_id: str) -> dict[str, Any]:
+        """One submitted job."""
+        found: dict[str, Any] = self._json("GET", f"/api/jobs/{submission_id}")
+        return found
+
+    def put_package(self, name: str, content: bytes) -> None:
+        """Keep an archive in the cluster, as ``gcs://<name>``, for runtime environments to unpack."""
+        self._send("PUT", f"/api/packages/gcs/{name}", content, {}, _WRITE_TIMEOUT_S)
+
+    def submit_job(self, body: dict[str, Any]) -> None:
+        """Start a job; ``body`` has ``entrypoint``, ``submission_id``, ``runtime_env`` and ``metadata``."""
+        self._request("POST", "/api/jobs/", timeout_s=_WRITE_TIMEOUT_S, body=body)
+
+    def stop_job(self, submission_id: str) -> None:
+        """Tell a job to end; returns before it has."""
+        self._request("POST", f"/api/jobs/{submission_id}/stop")
+
+    async def tail_job(self, submission_id: str) -> AsyncIterator[str]:
+        """The lines of a job's log, from the first on, as they come; ends when the job has ended."""
+        rest = ""
+        url = f"{self.url}/api/jobs/{submission_id}/logs/tail"
+        headers = {name: str(value) for name, value in self._session.headers.items() if name == "Authorization"}
+        try:
+            async with (
+                aiohttp.ClientSession(headers=headers, trust_env=self._session.trust_env) as session,
+                session.ws_connect(url, max_msg_size=0) as socket,
+            ):
+                async for message in socket:
+                    if message.type == aiohttp.WSMsgType.TEXT:
+                        *whole, rest = (rest + message.data).split("\n")
+                        for line in whole:
+                            yield line
+        except aiohttp.ClientError as error:
+            raise ControlError(f"{self.url} stopped sending the log of {submission_id}: {error}") from error
+        if rest:
+            yield rest
+
     def read_log(self, file: dict[str, str], num_lines: int) -> str:
         """The last ``num_lines`` lines of a log, as the agent of its node reads it.
 
@@ -130,8 +172,19 @@ class Dashboard:
         query: dict[str, str] | None = None,
         body: dict[str, Any] | None = None,
     ) -> requests.Response:
-        data = None if body is None else json.dumps(body)
+        data = None if body is None else json.dumps(body).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
+        return self._send(method, path, data, headers, timeout_s, query)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        data: bytes | None,
+        headers: dict[str, str],
+        timeout_s: float,
+        query: dict[str, str] | None = None,
+    ) -> requests.Response:
         try:
             response = self._session.request(
                 method, f"{self.url}{path}", params=query, data=data, headers=headers, timeout=(5.0, timeout_s)
