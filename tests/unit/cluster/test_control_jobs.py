@@ -208,12 +208,6 @@ def test_a_job_that_is_not_in_the_config_is_refused(
     assert not server.jobs
 
 
-def test_a_dry_run_submits_nothing(yaml: Path, server: FakeJobServer, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", str(yaml), "days", "--dry-run"]) == 1
-    assert "small" in capfd.readouterr().err
-    assert not server.jobs
-
-
 def test_a_cluster_that_does_not_run(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = yaml.read_text()
     start, stop = text.index("  provider:"), text.index("  nodes:")

@@ -1,8 +1,6 @@
 """``python -m train_jobs run`` on prepare jobs: the data, what is shown of them, and what is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -86,10 +84,3 @@ def test_what_cannot_be_is_one_line_and_a_status(
 def test_other_code_than_was_submitted_is_refused(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(yaml), "days", "--code-digest", "0" * 64]) == 1
     assert "runs other code than the plan was made with" in capsys.readouterr().err
-
-
-def test_the_module_is_a_program(yaml: Path) -> None:
-    command = [sys.executable, "-m", "train_jobs", "run", str(yaml), "nights"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "jobs: there is no job 'nights' in weather; it has days\n"

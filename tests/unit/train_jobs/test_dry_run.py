@@ -1,0 +1,193 @@
+"""A train job looked at before it runs: its sizes and steps, and early refusals of what cannot work."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml as yaml_module
+
+from tests.support.tiny_tasks import ARCHITECTURE, save_base
+from train_jobs.__main__ import main
+
+Values = dict[str, object]
+
+
+class Site:
+    """A storage, tiny models and a corpus of 120 labelled documents below ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "jobs.yaml"
+        save_base(folder / "llama")
+        save_base(folder / "bert", "bert")
+        for number in range(120):
+            label = ("calm", "rain", "storm")[number % 3]
+            (folder / "rows" / label).mkdir(parents=True, exist_ok=True)
+            (folder / "rows" / label / f"{number}.txt").write_text(f"{label}, day {number}")
+        (folder / "text").mkdir()
+        (folder / "text" / "all.txt").write_text("\n\n".join(f"A day, number {number}." for number in range(400)))
+
+    def write(self, *, memory: str = "8GiB", data: Values | None = None, **job: object) -> None:
+        task = str(job.get("task", "lm"))
+        rows = {"source": f"path://{self.folder}/rows", "format": "folders"}
+        text = {"source": f"path://{self.folder}/text", "format": "lines"}
+        base = "bert" if task == "classify" else "llama"
+        prepare: Values = {
+            "name": "days",
+            "kind": "prepare",
+            "task": task,
+            "inputs": [rows if task == "classify" else text],
+            "tokenizer": f"path://{self.folder}/{base}",
+            "sequence_tokens": 32,
+        }
+        train: Values = {
+            "name": "forecast",
+            "kind": "train",
+            "task": task,
+            "base": {"source": f"path://{self.folder}/{base}"},
+            "data": "days",
+            "batch": {"sequences": 8, "micro_sequences": 4},
+            "duration": {"epochs": 2},
+            "optimizer": {"kind": "adamw", "lr": 1e-3},
+        }
+        content = {
+            "name": "weather",
+            "storage": f"{self.folder}/storage",
+            "cluster": {"nodes": [{"name": "box", "resources": {"CPU": 2, "memory": memory}}]},
+            "jobs": [prepare | (data or {}), train | job],
+        }
+        self.path.write_text(yaml_module.safe_dump(content))
+
+    def prepare(self) -> None:
+        assert main(["run", str(self.path), "days"]) == 0
+
+    def look(self, capsys: pytest.CaptureFixture[str]) -> dict:
+        assert main(["run", str(self.path), "forecast", "--dry-run", "--json"]) == 0, capsys.readouterr().err
+        return dict(json.loads(capsys.readouterr().out))
+
+    def refusal(self, capsys: pytest.CaptureFixture[str]) -> str:
+        status = main(["run", str(self.path), "forecast", "--dry-run"])
+        captured = capsys.readouterr()
+        assert status in (1, 2)
+        assert captured.out == ""
+        return captured.err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture
+def site(folder: Site) -> Site:
+    folder.write()
+    return folder
+
+
+def test_steps_are_known_once_the_data_are_prepared(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.write(data={"split": {"seed": 7}})
+    before = site.look(capsys)
+    assert (before["num_steps"], before["run_directory"], before["data_digest"]) == (None, None, None)
+    site.prepare()
+    capsys.readouterr()
+    after = site.look(capsys)
+    manifest = json.loads(
+        next(site.folder.glob(f"storage/data/days/{after['data_digest'][:12]}/manifest.json")).read_text()
+    )
+    num_items = manifest["splits"]["train"]["num_items"]
+    assert after["num_steps"] == -(-2 * num_items // 8)
+    assert after["tokens_per_step"] == 8 * 32
+    assert after["base"] == "forecast-base@v1"
+    assert after["num_parameters"] == after["num_trained_parameters"] > 10_000
+    assert Path(after["run_directory"]).parent == site.folder / "storage" / "runs" / "forecast"
+    assert not Path(after["run_directory"]).exists()
+    assert site.look(capsys) == after
+
+
+def test_the_table_fits_a_terminal_of_80_columns(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.write(
+        adapter={"kind": "dora", "rank": 4, "publish": "merged"},
+        publish={"model": "forecaster", "require": {"loss": 3.0}},
+        evaluate={"every_steps": 20},
+    )
+    site.prepare()
+    capsys.readouterr()
+    assert main(["run", str(site.path), "forecast", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert max(len(line) for line in shown.splitlines()) <= 80
+    for said in ("forecast-base@v1", "dora, rank 4", "trained, ", "evaluated every 20 steps by loss", "if loss <= 3"):
+        assert said in " ".join(shown.split())
+
+
+def test_an_adapter_trains_little_and_so_takes_less_memory(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = site.look(capsys)
+    site.write(adapter={"rank": 2})
+    small = site.look(capsys)
+    assert small["num_trained_parameters"] < small["num_parameters"] / 4
+    assert small["num_parameters"] > whole["num_parameters"]
+    assert small["worker_memory"]["optimizer"] < whole["worker_memory"]["optimizer"] / 4
+
+
+def test_a_model_from_scratch_takes_the_vocabulary_of_the_data(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.write(base={"architecture": ARCHITECTURE})
+    found = site.look(capsys)
+    assert found["base"].startswith("architecture:")
+    assert found["num_parameters"] > 258 * 32
+
+
+def test_a_classifier_is_counted_with_its_head(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.write(task="classify")
+    site.prepare()
+    capsys.readouterr()
+    assert site.look(capsys)["num_steps"] > 10
+
+
+def test_missing_base(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.write(base={"source": "registry://nobody@latest"})
+    assert "nobody" in site.refusal(capsys)
+
+
+def test_context_longer_than_the_models(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.write(data={"sequence_tokens": 4096})
+    said = re.search(
+        r"its context is (\d+) tokens, the data's sequences have 4096; .* sequence_tokens <= (\d+)",
+        site.refusal(capsys),
+    )
+    assert said is not None
+    assert said[1] == said[2]
+
+
+def test_vocabulary_of_another_model(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    small = site.folder / "small"
+    if not small.exists():
+        save_base(small)
+        config = json.loads((small / "config.json").read_text())
+        (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    site.write(base={"source": f"path://{small}"})
+    assert "vocabulary" in site.refusal(capsys)
+
+
+def test_one_class_is_refused_when_it_is_read(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.write(
+        task="classify",
+        data={"inputs": [{"source": f"path://{site.folder}/rows", "format": "folders", "files": "rain/*"}]},
+    )
+    assert main(["run", str(site.path), "days"]) == 1
+    assert "rain" in capsys.readouterr().err
+
+
+def test_a_schedule_longer_than_the_run(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.write(schedule={"warmup_steps": 100_000})
+    site.prepare()
+    capsys.readouterr()
+    assert "100000 warm-up and 0 decay steps; limit:" in site.refusal(capsys)
+
+
+def test_weights_that_fit_no_node(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = {**ARCHITECTURE, "hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32}
+    site.write(base={"architecture": wide}, memory="1GiB")
+    said = site.refusal(capsys)
+    assert "weights, gradients and optimizer states, and the largest node has 1.0GiB; use strategy fsdp" in said
