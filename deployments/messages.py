@@ -134,7 +134,8 @@ class Generate(Message, frozen=True, kw_only=True):
     Such a request had its place already, perhaps in a queue: it is not refused for want of room.
 
     ``tools`` says how those of a chat prompt may be called; None where they may not be. A ``sampling.grammar`` holds
-    for answers that call none.
+    for answers that call none. ``adapter`` is the name of the one of the model's adapters that is asked, None for the
+    model itself.
     """
 
     request_id: str
@@ -144,6 +145,7 @@ class Generate(Message, frozen=True, kw_only=True):
     deadline_s: float
     emitted: tuple[EmittedChoice, ...] | None = None
     tools: ToolUse | None = None
+    adapter: str | None = None
 
 
 class Embed(Message, frozen=True, kw_only=True):
@@ -163,17 +165,19 @@ class Classify(Message, frozen=True, kw_only=True):
 
 
 class Tokenize(Message, frozen=True, kw_only=True):
-    """Token ids of a prompt, without generating."""
+    """Token ids of a prompt, without generating; ``adapter`` as in Generate."""
 
     request_id: str
     prompt: Prompt
+    adapter: str | None = None
 
 
 class Detokenize(Message, frozen=True, kw_only=True):
-    """Text of token ids."""
+    """Text of token ids; ``adapter`` as in Generate."""
 
     request_id: str
     token_ids: tuple[int, ...]
+    adapter: str | None = None
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -352,7 +356,8 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True):
     """What the sampling stage must know of a sequence before its first sample.
 
     ``token_ids`` are prompt and already emitted tokens; the first ``num_prompt_tokens`` are the prompt.
-    Sent again when a sequence resumes after preemption or the loss of a stage. ``request_id`` is for the logs.
+    Sent again when a sequence resumes after preemption or the loss of a stage. ``request_id`` is for the logs. Every
+    stage must know the ``adapter`` that computes it, None for the model itself.
     """
 
     sequence_id: int
@@ -363,6 +368,7 @@ class SequenceStart(msgspec.Struct, frozen=True, array_like=True):
     choice: int
     eos_token_ids: tuple[int, ...]
     request_id: str = ""
+    adapter: str | None = None
 
 
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
@@ -373,7 +379,8 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     the token after the last one.
 
     ``chosen_in``: the one token to compute is what this pipeline chooses for the sequence in that earlier step, which
-    the replica does not know yet; ``token_ids`` is then empty. Runners see it resolved.
+    the replica does not know yet; ``token_ids`` is then empty. Runners see it resolved. ``adapter`` is that of the
+    sequence's start.
     """
 
     sequence_id: int
@@ -382,6 +389,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     block_ids: tuple[int, ...]
     sample: bool
     chosen_in: int | None = None
+    adapter: str | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -194,6 +194,39 @@ def _vllm_is_possible(config: ClusterConfig, index: int) -> Iterator[Finding]:
             return
 
 
+def _adapters_are_possible(config: ClusterConfig, index: int) -> Iterator[Finding]:
+    model = config.models[index]
+    if not model.adapters:
+        return
+    reasons = {
+        "task": (model.task, model.task == "generate", "set task to generate"),
+        "engine.kind": (model.engine.kind, model.engine.kind == "manta", "set engine to {kind: manta}"),
+        "kernels": (model.kernels, model.kernels != "native", "set kernels to auto"),
+    }
+    for key, (written, fits, remedy) in reasons.items():
+        if not fits:
+            yield Finding(
+                at=_at(index, "adapters"),
+                message=f"cannot be had with {key} {written}",
+                value=", ".join(adapter.name for adapter in model.adapters),
+                limit="task generate, engine manta, and kernels auto or torch",
+                remedy=f"{remedy}, or serve each adapter as a model of its own, merged: name and source as here",
+            )
+            return
+
+
+def _adapters_are_versions(config: ClusterConfig, index: int) -> Iterator[Finding]:
+    for number, adapter in enumerate(config.models[index].adapters):
+        if adapter.source.kind != "registry":
+            yield Finding(
+                at=("models", index, "adapters", number, "source"),
+                message=f"has {adapter.source.kind}://, which cannot hold an adapter",
+                value=str(adapter.source),
+                limit="registry://MODEL@ALIAS-OR-VERSION",
+                remedy="train it with `adapter: {publish: adapter}`, which leaves a version",
+            )
+
+
 def _cuda_has_gpus(config: ClusterConfig, index: int) -> Iterator[Finding]:
     model = config.models[index]
     if model.device == "cuda" and model.resources.stage_gpus == 0:
@@ -336,6 +369,8 @@ MODEL_RULES: tuple[ModelRule, ...] = (
     _quantization_is_possible,
     _native_kernels_are_possible,
     _vllm_is_possible,
+    _adapters_are_possible,
+    _adapters_are_versions,
     _cuda_has_gpus,
     _gpu_share_is_whole,
     _some_node_has_gpus,

@@ -136,6 +136,15 @@ class VllmEngine(StrictModel):
 Engine: TypeAlias = MantaEngine | VllmEngine
 
 
+class ServedAdapter(StrictModel):
+    """A low-rank adapter of the model, served by the same replicas under a name of its own."""
+
+    name: Name
+    """Name that clients call it by (``model`` of a request); no other model or adapter may have it."""
+    source: Source
+    """A version in the registry that was trained as an adapter of this model's version: ``registry://``."""
+
+
 class ModelConfig(StrictModel):
     """One served model."""
 
@@ -175,6 +184,8 @@ class ModelConfig(StrictModel):
     """How long to wait for what."""
     replicas: ReplicasSection = ReplicasSection()
     """How many copies there are."""
+    adapters: Annotated[tuple[ServedAdapter, ...], Field(strict=False, max_length=64)] = ()
+    """LoRA adapters served beside it; the weights are in memory once."""
 
     @property
     def num_kv_blocks(self) -> int:

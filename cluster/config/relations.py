@@ -73,6 +73,23 @@ def _name_of(entry: object) -> str | None:
 
 def _model_names_differ(config: ClusterConfig) -> Iterator[Finding]:
     yield from _repeated([_name_of(model) for model in config.models], ("models",), "model")
+    taken = {_name_of(model): f"model, models[{index}]" for index, model in enumerate(config.models)}
+    for index in range(len(config.models)):
+        yield from _all_found(_adapter_names_differ(config, index, taken))
+
+
+def _adapter_names_differ(config: ClusterConfig, index: int, taken: dict[str | None, str]) -> Iterator[Finding]:
+    """``taken`` is what has each name so far; grows by these."""
+    for number, adapter in enumerate(config.models[index].adapters):
+        name = _name_of(adapter)
+        if name is not None and name in taken:
+            yield Finding(
+                at=("models", index, "adapters", number, "name"),
+                message=f"is the name of another {taken[name]}",
+                limit="each name once, of models and adapters",
+                remedy="rename one of them",
+            )
+        taken.setdefault(name, f"adapter, models[{index}].adapters[{number}]")
 
 
 def _job_names_differ(config: ClusterConfig) -> Iterator[Finding]:

@@ -20,9 +20,11 @@ def served_by_config(config: ClusterConfig, registry: Registry) -> set[str]:
     """What the cluster of ``config`` serves now, and what its ``registry://`` sources name."""
     dashboard = ray_of(config).dashboard()
     references = set() if dashboard is None else references_of(dashboard.serve_details())
-    for model in config.models:
-        if isinstance(model.source, RegistrySource):
-            references.add(registry.resolve(f"{model.source.model}@{model.source.reference}").reference)
+    sources = [model.source for model in config.models]
+    sources += [adapter.source for model in config.models for adapter in model.adapters]
+    for source in sources:
+        if isinstance(source, RegistrySource):
+            references.add(registry.resolve(f"{source.model}@{source.reference}").reference)
     return references
 
 
@@ -40,4 +42,6 @@ def references_of(details: Mapping[str, Any]) -> set[str]:
     """The versions in Serve's details, by their names in the registry."""
     configs = [app.get("deployed_app_config") or {} for app in details["applications"].values()]
     models = [config["args"] for config in configs if is_own(config) and "model" in config["args"]]
-    return {f"{args.get('registry_name') or args['model']}@{args['version']}" for args in models}
+    adapters = [adapter for args in models for adapter in args.get("adapters", ())]
+    own = {f"{args.get('registry_name') or args['model']}@{args['version']}" for args in models}
+    return own | {f"{adapter['model']}@{adapter['version']}" for adapter in adapters}

@@ -50,7 +50,8 @@ def _model_parts(model: ModelPlan) -> list[RenderableType]:
         f"  {args.app}: {args.dtype}{weights} on {args.device}, {args.replicas.min} to {args.replicas.max} replicas, "
         f"context {args.context_tokens}, {args.placement_strategy}"
     )
-    return [heading, Text(line), _stage_table(args)]
+    beside = [Text(f"  and its adapter {adapter.name} from {adapter.source}") for adapter in model.adapters]
+    return [heading, Text(line), *beside, _stage_table(args)]
 
 
 def _stage_table(args: ModelAppArgs) -> Table:

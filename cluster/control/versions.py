@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cluster.config.models import ModelConfig
 from cluster.config.schema import ClusterConfig
-from cluster.config.sources import PathSource, RegistrySource
+from cluster.config.sources import AnySource, PathSource, RegistrySource
 from cluster.plan.types import KnownVersion
 from cluster.registry.facts import read_adapter_facts, read_facts
 from cluster.registry.manifest import ModelVersion
@@ -15,8 +15,13 @@ from cluster.registry.store import Registry
 
 
 def known_versions(config: ClusterConfig, registry: Registry) -> dict[str, KnownVersion]:
-    """The versions that need no import. RegistryError when a ``registry://`` source names none that exists."""
+    """The versions that need no import, also those of adapters, by name.
+
+    RegistryError when a ``registry://`` source names none that exists.
+    """
     found = {model.name: _find(model, registry) for model in config.models}
+    for model in config.models:
+        found |= {adapter.name: _resolve(adapter.source, registry) for adapter in model.adapters}
     return {name: _known(registry, version) for name, version in found.items() if version is not None}
 
 
@@ -50,9 +55,14 @@ def import_missing(
     return versions
 
 
+def _resolve(source: AnySource, registry: Registry) -> ModelVersion:
+    assert isinstance(source, RegistrySource), "only the registry has adapters; this is a bug"
+    return registry.resolve(f"{source.model}@{source.reference}")
+
+
 def _find(model: ModelConfig, registry: Registry) -> ModelVersion | None:
     if isinstance(model.source, RegistrySource):
-        return registry.resolve(f"{model.source.model}@{model.source.reference}")
+        return _resolve(model.source, registry)
     sha256 = model.sha256
     if isinstance(model.source, PathSource) and Path(model.source.path).exists():
         sha256 = path_sha256(Path(model.source.path))  # the same path may hold other bytes by now

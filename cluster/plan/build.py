@@ -9,6 +9,7 @@ from cluster.config.models import Engine, MantaEngine, ModelConfig
 from cluster.config.nodes import NodeGroup, UriCode
 from cluster.config.schema import ClusterConfig
 from cluster.errors import PlanError
+from cluster.plan.adapters import adapter_args, adapter_plans, kernels_of, known_adapters, with_adapters
 from cluster.plan.capacity import can_surge, check_capacity, check_one_replica, maximum_fits, one_replica_fits
 from cluster.plan.memory import VLLM_BYTES, StepShape, activation_bytes, kv_bytes, weight_bytes
 from cluster.plan.partition import Range, cut_layers, explicit
@@ -45,9 +46,7 @@ def build_plan(config: ClusterConfig, versions: Mapping[str, KnownVersion], code
         code_digest=code_digest,
         cluster=config.name,
     )
-    models = tuple(
-        _model_plan(model, versions.get(model.name), config, nodes, code_digest) for model in config.models
-    )
+    models = tuple(_model_plan(model, versions, config, nodes, code_digest) for model in config.models)
     apps = [model.args for model in models if model.args is not None]
     check_capacity(apps, gateway, nodes)
     surge = can_surge(apps, gateway, nodes)
@@ -75,12 +74,18 @@ def _node_plan(group: NodeGroup) -> NodePlan:
 
 def _model_plan(
     model: ModelConfig,
-    version: KnownVersion | None,
+    versions: Mapping[str, KnownVersion],
     config: ClusterConfig,
     nodes: Sequence[NodePlan],
     code_digest: str,
 ) -> ModelPlan:
-    args = None if version is None else _app_args(model, version, config.storage_root, nodes, code_digest)
+    version, args = versions.get(model.name), None
+    adapters: tuple[KnownVersion, ...] = ()
+    if version is not None:
+        adapters = known_adapters(model, version, versions)
+        counted = version.model_copy(update={"facts": with_adapters(version.facts, adapters)})
+        args = _app_args(model, counted, config.storage_root, nodes, code_digest)
+        args = args.model_copy(update={"adapters": adapter_args(model, adapters)})
     return ModelPlan(
         name=model.name,
         source=str(model.source),
@@ -88,6 +93,7 @@ def _model_plan(
         created=None if version is None else version.created,
         chats=model.task == "generate" and (version is None or version.chat_template),
         args=args,
+        adapters=adapter_plans(model, adapters) if args is not None else (),
     )
 
 
@@ -172,7 +178,7 @@ def _with_stages(
         task=model.task,
         dtype=model.dtype,
         quantization=model.quantization,
-        kernels=model.kernels,
+        kernels=kernels_of(model),
         device=model.device,
         context_tokens=model.context_tokens,
         tool_parser=model.tool_parser,
@@ -243,7 +249,12 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
         has_embedding=start == 0,
         has_head=last,
         weight_bytes=weight_bytes(
-            facts, start=start, stop=stop, dtype=model.dtype, quantization=model.quantization, kernels=model.kernels
+            facts,
+            start=start,
+            stop=stop,
+            dtype=model.dtype,
+            quantization=model.quantization,
+            kernels=kernels_of(model),
         ),
         kv_bytes=kv_bytes(facts, shape, stop - start),
         activation_bytes=activation_bytes(facts, shape, last=last) + engine_bytes,
@@ -253,7 +264,7 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
 def _kernels_possible(model: ModelConfig) -> Kernels:
     """``kernels``, or torch where the config leaves no other."""
     native = model.task == "generate" and model.device == "cpu" and model.dtype == "bfloat16"
-    return model.kernels if native else "torch"
+    return kernels_of(model) if native else "torch"
 
 
 def _notes(
@@ -276,6 +287,12 @@ def _notes(
         "memory nor time; kernels auto does where the processor allows"
         for args in apps
         if args.quantization is not None and args.kernels == "torch"
+    )
+    notes.extend(
+        f"{args.model}: with adapters beside it torch computes it; native kernels, faster on processors with AMX, "
+        "take an adapter only merged, as a model of its own"
+        for args in apps
+        if args.adapters and args.device == "cpu"
     )
     notes.extend(
         f"{args.model}: GPU memory is not checked; its largest stage needs about "

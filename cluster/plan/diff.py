@@ -319,7 +319,7 @@ def routing_between(plan: Plan, observed: Observed, removed: Sequence[str], wait
         return plan.routing
     in_force = {route.model: route for route in routing_for_now(plan, observed, removed).routes}
     planned = {route.model: route for route in plan.routing.routes}
-    routes = [in_force.get(name) if name in waiting else route for name, route in planned.items()]
+    routes = [in_force.get(name) if (route.parent or name) in waiting else route for name, route in planned.items()]
     return RoutingTable(settings=plan.routing.settings, routes=tuple(route for route in routes if route is not None))
 
 

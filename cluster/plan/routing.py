@@ -1,6 +1,6 @@
 """The gateway's routing table: limits and running model versions in, a RoutingTable out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cluster.config.gateway import LimitsSection
 from cluster.plan.types import GatewaySettings, ModelPlan, Route, RouteTarget, RoutingTable
@@ -19,15 +19,17 @@ def gateway_settings(limits: LimitsSection) -> GatewaySettings:
 
 
 def routing_table(settings: GatewaySettings, models: Sequence[ModelPlan]) -> RoutingTable:
-    """One route per planned model, all its traffic to its one version."""
-    return RoutingTable(settings=settings, routes=tuple(_route(model) for model in models if model.args is not None))
+    """One route per planned model and adapter, all its traffic to its one version."""
+    routes = (route for model in models if model.args is not None for route in _routes(model))
+    return RoutingTable(settings=settings, routes=tuple(routes))
 
 
-def _route(model: ModelPlan) -> Route:
+def _routes(model: ModelPlan) -> Iterator[Route]:
+    """The model's own, and one for each of its adapters, which lead to the same application."""
     assert model.args is not None
     assert model.created is not None
     target = RouteTarget(app=model.args.app, version=model.args.version)
-    return Route(
+    route = Route(
         model=model.name,
         task=model.task,
         context_tokens=model.args.context_tokens,
@@ -35,3 +37,6 @@ def _route(model: ModelPlan) -> Route:
         targets=(target,),
         min_replicas=model.args.replicas.min,
     )
+    yield route
+    for adapter in model.adapters:
+        yield route.model_copy(update={"model": adapter.name, "created": adapter.created, "parent": model.name})

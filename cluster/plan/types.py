@@ -94,6 +94,16 @@ class VllmArgs(PlanModel):
     compile: bool
 
 
+class AdapterArgs(PlanModel):
+    """An adapter served beside its base."""
+
+    name: str
+    """Name that clients call it by."""
+    model: str
+    """Name in the registry."""
+    version: str
+
+
 class ModelAppArgs(PlanModel):
     """Arguments of ``deployments.app:build_model``: what a replica must know as it starts; a change restarts it."""
 
@@ -137,6 +147,8 @@ class ModelAppArgs(PlanModel):
     """Name of the model in the registry where it differs from ``model`` (a ``registry://`` source)."""
     vllm: VllmArgs | None = None
     """Run by vLLM instead of Manta's own engine; then in one stage."""
+    adapters: tuple[AdapterArgs, ...] = ()
+    """Adapters that the replicas serve beside the model."""
 
 
 class ModelApp(ModelAppArgs):
@@ -168,8 +180,15 @@ class Route(PlanModel):
     created: int
     """Unix time the served version was published, seconds."""
     targets: tuple[RouteTarget, ...]
+    parent: str | None = None
+    """The model whose replicas serve this one, which is an adapter of it; None for a model of its own."""
     min_replicas: int = 1
     """0 where no replica is no fault: the next request starts one."""
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter that replicas are to be asked for; None for the model itself."""
+        return self.model if self.parent is not None else None
 
 
 class GatewaySettings(PlanModel):
@@ -243,6 +262,16 @@ class NodePlan(PlanModel):
     max: int
 
 
+class AdapterPlan(PlanModel):
+    """One adapter of the YAML."""
+
+    name: str
+    source: str
+    """Canonical source URI."""
+    created: int
+    """Unix time its version was published, seconds."""
+
+
 class ModelPlan(PlanModel):
     """One model of the YAML. ``args`` is None while its source is not imported: its size is known after import."""
 
@@ -254,6 +283,7 @@ class ModelPlan(PlanModel):
     chats: bool
     """Takes conversations: writes text and has a chat template; taken for granted before the import."""
     args: ModelApp | None
+    adapters: tuple[AdapterPlan, ...] = ()
 
 
 class Plan(PlanModel):

@@ -242,12 +242,13 @@ class ClassificationList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """One served model."""
+    """One served model; ``parent`` is the model that it is an adapter of."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: str | None
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):

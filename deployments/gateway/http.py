@@ -160,7 +160,7 @@ class Endpoints:
         """Token ids of a text, or of a conversation as the model would see it."""
         call, body, route = await self._open(request, TokenizeRequest, None)
         async with call.limit():
-            work = self._backend.tokenize(route.model, tokenize_message(body, call))
+            work = self._backend.tokenize(route.model, tokenize_message(body, route, call))
             tokenized = await while_connected(work, request.receive)
         answer = TokenizeResponse(
             count=len(tokenized.token_ids),
@@ -173,7 +173,7 @@ class Endpoints:
     async def detokenize(self, request: Request) -> Response:
         """Text of token ids."""
         call, body, route = await self._open(request, DetokenizeRequest, None)
-        message = Detokenize(request_id=call.backend_id(), token_ids=tuple(body.tokens))
+        message = Detokenize(request_id=call.backend_id(), token_ids=tuple(body.tokens), adapter=route.adapter)
         async with call.limit():
             detokenized = await while_connected(self._backend.detokenize(route.model, message), request.receive)
         return _json(DetokenizeResponse(prompt=detokenized.text))
@@ -257,7 +257,7 @@ def _identity(call: Call, route: Route, dialect: Dialect) -> Identity:
 
 
 def _card(route: Route) -> ModelCard:
-    return ModelCard(id=route.model, object="model", created=route.created, owned_by="manta")
+    return ModelCard(id=route.model, object="model", created=route.created, owned_by="manta", parent=route.parent)
 
 
 def _embedding_list(model: str, embedded: Embedded, vectors: NDArray[np.float32], as_base64: bool) -> EmbeddingList:

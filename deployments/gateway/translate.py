@@ -128,14 +128,14 @@ def classify_message(request: ClassificationRequest, call: Call) -> Classify:
     return Classify(request_id=call.backend_id(), inputs=request.input, deadline_s=call.remaining_s)
 
 
-def tokenize_message(request: TokenizeRequest, call: Call) -> Tokenize:
+def tokenize_message(request: TokenizeRequest, route: Route, call: Call) -> Tokenize:
     """Text or conversation of a tokenize request."""
     prompt: Prompt
     if request.messages is not None:
         prompt = _chat_prompt(request.messages, request.tools, request.add_generation_prompt is not False)
     else:
         prompt = TextPrompt(text=request.prompt or "", add_special_tokens=request.add_special_tokens is not False)
-    return Tokenize(request_id=call.backend_id(), prompt=prompt)
+    return Tokenize(request_id=call.backend_id(), prompt=prompt, adapter=route.adapter)
 
 
 def _generation(
@@ -153,6 +153,7 @@ def _generation(
             sampling=sampling,
             max_tokens=max_tokens,
             deadline_s=call.remaining_s,
+            adapter=route.adapter,
         )
         for index, prompt in enumerate(prompts)
     ]

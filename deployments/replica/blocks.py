@@ -7,7 +7,7 @@ Every block is in exactly one place::
     used      one or more sequences hold it (reference count)
 
 A full block is known by a digest of its tokens and of the digest before it (BLAKE2b, 256 bits), so equal digests
-mean equal tokens at equal positions.
+mean equal tokens at equal positions, computed by the same adapter.
 
 A block may be freed while a step that uses it is still in flight, and handed out again at once: every stage runs
 steps strictly in the order they were sent, so the step that reuses the block writes after the older one has read.
@@ -33,6 +33,10 @@ def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(parent + packed, digest_size=DIGEST_BYTES).digest()
 
 
+def _root(adapter: str | None) -> bytes:
+    return hashlib.blake2b((adapter or "").encode(), digest_size=DIGEST_BYTES).digest()
+
+
 class BlockPool:
     """A fixed number of KV blocks, shared by reference count and found again by digest."""
 
@@ -42,7 +46,6 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self.prefix_caching = prefix_caching
-        self._root = hashlib.blake2b(digest_size=DIGEST_BYTES).digest()
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -63,11 +66,16 @@ class BlockPool:
         """Blocks that ``num_tokens`` positions take."""
         return -(-num_tokens // self.block_tokens)
 
-    def extend_digests(self, digests: list[bytes], token_ids: Sequence[int], num_blocks: int) -> None:
-        """Grow ``digests`` in place until it covers the first ``num_blocks`` full blocks of ``token_ids``."""
+    def extend_digests(
+        self, digests: list[bytes], token_ids: Sequence[int], num_blocks: int, adapter: str | None = None
+    ) -> None:
+        """Grow ``digests`` in place until it covers the first ``num_blocks`` full blocks of ``token_ids``.
+
+        The chain begins with the ``adapter`` that computes them, so that nothing is shared between two.
+        """
         size = self.block_tokens
         for index in range(len(digests), num_blocks):
-            parent = digests[index - 1] if index else self._root
+            parent = digests[index - 1] if index else _root(adapter)
             digests.append(block_digest(parent, token_ids[index * size : (index + 1) * size]))
 
     def match_prefix(self, digests: Sequence[bytes]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from prompt and emitted tokens, and because a token depends on nothing else, the
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -92,16 +92,18 @@ class Engine(EngineLife):
         grammars: GrammarChecker | None = None,
         telemetry: EngineTelemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
+        adapters: Mapping[str, TextTokenizer] | None = None,
     ) -> None:
         """``grammars`` judges those of requests, and is the caller's to stop; without it they are refused.
 
-        ``planner`` decides the steps where the stages do more by themselves than Manta's own.
+        ``adapters`` are the tokenizers of the adapters that the stages have, by name. ``planner`` decides the steps
+        where the stages do more by themselves than Manta's own.
         """
         super().__init__(config.on_stage_failure)
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.block_tokens, prefix_caching=config.prefix_caching)
         self.scheduler: Planner = planner or Scheduler(_scheduler_config(config, link), self.pool)
-        self._intake = Intake(tokenizer, config.context_tokens, grammars)
+        self._intake = Intake(tokenizer, adapters or {}, config.context_tokens, grammars)
         self._link = link
         self._telemetry = telemetry or NoTelemetry()
         self._clock = clock

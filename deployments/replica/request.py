@@ -165,6 +165,7 @@ class Request:
                 choice=index,
                 eos_token_ids=eos_token_ids,
                 request_id=self.request_id,
+                adapter=request.adapter,
                 leader=leader,
             )
             choice = Choice(self, sequence, tokenizer)

@@ -263,7 +263,7 @@ class Scheduler:
         if pool.prefix_caching:
             # At least the last token is computed even when all of them are cached: somebody must ask for the sample.
             num_cacheable = (len(sequence.tokens) - 1) // pool.block_tokens
-            pool.extend_digests(sequence.digests, sequence.tokens, num_cacheable)
+            pool.extend_digests(sequence.digests, sequence.tokens, num_cacheable, sequence.adapter)
             matched = pool.match_prefix(sequence.digests[:num_cacheable])
         num_new = pool.num_needed(len(sequence.tokens)) - len(matched)
         if not pool.can_take(matched, num_new + len(self._running)):
@@ -324,7 +324,7 @@ class Scheduler:
         num_full = num_known // self._pool.block_tokens
         if num_full <= sequence.num_registered or not self._pool.prefix_caching:
             return
-        self._pool.extend_digests(sequence.digests, sequence.tokens, num_full)
+        self._pool.extend_digests(sequence.digests, sequence.tokens, num_full, sequence.adapter)
         for index in range(sequence.num_registered, num_full):
             self._pool.register(sequence.blocks[index], sequence.digests[index])
         sequence.num_registered = num_full

@@ -41,6 +41,8 @@ class Sequence:
     choice: int = 0
     eos_token_ids: tuple[int, ...] = ()
     request_id: str = ""
+    adapter: str | None = None
+    """The adapter that computes it; None for the model itself. Keys and values are shared under the same one only."""
     leader: "Sequence | None" = None
     """First choice of the same request: the others wait for its prompt, then share it through the prefix cache."""
 
@@ -94,6 +96,7 @@ class Sequence:
             choice=self.choice,
             eos_token_ids=self.eos_token_ids,
             request_id=self.request_id,
+            adapter=self.adapter,
         )
 
     def advance(self, num_tokens: int, step: int) -> SequenceStep:
@@ -114,6 +117,7 @@ class Sequence:
             block_ids=self.blocks,
             sample=sample,
             chosen_in=chosen_in,
+            adapter=self.adapter,
         )
 
     def take(self, token_id: int) -> None:

@@ -18,9 +18,6 @@ from numpy.typing import NDArray
 from ray.util.placement_group import PlacementGroup
 
 from cluster.plan.types import ModelAppArgs, ReplicaSettings, Task
-from cluster.registry.labels import read_labels
-from cluster.registry.materialize import materialize
-from cluster.registry.store import Registry
 from deployments.channel import Channel, Listener
 from deployments.messages import (
     Classified,
@@ -41,7 +38,6 @@ from deployments.messages import (
     Tokenized,
     refuse,
 )
-from deployments.replica.constraints import GrammarChecker
 from deployments.replica.drain import DrainWatch
 from deployments.replica.embed import EmbedConfig, EmbedEngine
 from deployments.replica.engine import Engine, EngineConfig
@@ -49,7 +45,7 @@ from deployments.replica.feed import Feed
 from deployments.replica.session import GatewaySession
 from deployments.replica.supervise import Supervisor
 from deployments.replica.telemetry import ReplicaTelemetry
-from deployments.replica.text import TextTokenizer
+from deployments.replica.texts import ReplicaTexts, load_texts
 from deployments.router.connection import ReplicaEndpoint
 from deployments.stage.group import StageGroup
 from deployments.stage.link import StageLink
@@ -92,18 +88,13 @@ class ReplicaService:
         self,
         args: ModelAppArgs,
         replica_id: str,
-        tokenizer: TextTokenizer,
-        grammars: GrammarChecker,
-        labels: tuple[str, ...],
+        texts: ReplicaTexts,
         stages: StageGroup,
     ) -> None:
-        """``labels`` are those of a classifier, else empty."""
         self._args = args
         self._settings: ReplicaSettings | None = None
         self._replica_id = replica_id
-        self._tokenizer = tokenizer
-        self._grammars = grammars
-        self._labels = labels
+        self._texts = texts
         self._stages = stages
         self._telemetry = ReplicaTelemetry(model=args.model, version=args.version)
         self._listener = Listener(self._converse)
@@ -120,9 +111,8 @@ class ReplicaService:
         """
         stages = StageGroup(args, group, replica_id)
         try:
-            loading = asyncio.to_thread(_load_texts, args)
-            link, (tokenizer, grammars, labels) = await asyncio.gather(stages.start(), loading)
-            service = cls(args, replica_id, tokenizer, grammars, labels, stages)
+            link, texts = await asyncio.gather(stages.start(), asyncio.to_thread(load_texts, args))
+            service = cls(args, replica_id, texts, stages)
             await service._start_engine(link)
             await service._listener.start(ray.util.get_node_ip_address())
         except BaseException:
@@ -133,14 +123,15 @@ class ReplicaService:
     async def _start_engine(self, link: StageLink) -> None:
         args = self._args
         if args.task != "generate":
-            self._engine = EmbedEngine(_embed_config(args), self._tokenizer, link)
+            self._engine = EmbedEngine(_embed_config(args), self._texts.tokenizer, link)
         else:
             self._engine = Engine(
                 _engine_config(args),
-                self._tokenizer,
+                self._texts.tokenizer,
                 link,
+                adapters=self._texts.adapters,
                 planner=None if args.vllm is None else Feed(args.max_running),
-                grammars=self._grammars if args.vllm is None else None,
+                grammars=self._texts.grammars if args.vllm is None else None,
                 telemetry=self._telemetry,
             )
         await self._engine.start()
@@ -174,15 +165,17 @@ class ReplicaService:
         if isinstance(self._engine, EmbedEngine):
             await self._engine.embed(Embed(request_id="warm-up", inputs=("ready?",), deadline_s=_WARM_UP_TIMEOUT_S))
             return
-        request = Generate(
-            request_id="warm-up",
-            prompt=TextPrompt(text="ready?"),
-            sampling=SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
-            max_tokens=2,
-            deadline_s=_WARM_UP_TIMEOUT_S,
-        )
-        async for _ in self._engine.submit(request):
-            pass
+        for adapter in (None, *self._texts.adapters):
+            request = Generate(
+                request_id="warm-up",
+                prompt=TextPrompt(text="ready?"),
+                sampling=SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
+                max_tokens=2,
+                deadline_s=_WARM_UP_TIMEOUT_S,
+                adapter=adapter,
+            )
+            async for _ in self._engine.submit(request):
+                pass
 
     async def _converse(self, channel: Channel) -> None:
         session = GatewaySession(channel, self)
@@ -222,7 +215,7 @@ class ReplicaService:
         )
         classified = Classified(
             request_id=asked.request_id,
-            labels=self._labels,
+            labels=self._texts.labels,
             num_inputs=embedded.num_vectors,
             num_prompt_tokens=embedded.num_prompt_tokens,
         )
@@ -239,11 +232,11 @@ class ReplicaService:
 
     def tokenize(self, request: Tokenize) -> Tokenized:
         """Token ids of a prompt; raises RequestRefused."""
-        return self._tokenizer.tokenize(request, self._args.context_tokens)
+        return self._texts.tokenizer_of(request).tokenize(request, self._args.context_tokens)
 
     def detokenize(self, request: Detokenize) -> Detokenized:
         """Text of token ids; raises RequestRefused."""
-        return self._tokenizer.detokenize(request)
+        return self._texts.tokenizer_of(request).detokenize(request)
 
     def load(self) -> Load:
         """How busy the replica is."""
@@ -279,7 +272,7 @@ class ReplicaService:
         for task in self._tasks:
             task.cancel()
         await self._engine.stop()
-        await self._grammars.stop()
+        await self._texts.grammars.stop()
         await self._listener.stop()
         self._stages.kill()
         logger.info("%s: replica %s drained in %.1f s", self._args.app, self._replica_id, time.monotonic() - begin)
@@ -299,16 +292,6 @@ def product_digest(args: ModelAppArgs) -> str:
     """
     decisive = args.model_dump(mode="json", exclude=set(_HARMLESS))
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _load_texts(args: ModelAppArgs) -> tuple[TextTokenizer, GrammarChecker, tuple[str, ...]]:
-    """Tokenizer, judge of grammars, and a classifier's labels."""
-    registry = Registry(args.storage)
-    directory = materialize(registry, registry.get(args.registry_name or args.model, args.version))
-    tool_format = None if args.tool_parser == "auto" else args.tool_parser
-    labels = read_labels(json.loads((directory / "config.json").read_text())) if args.task == "classify" else ()
-    tokenizer = TextTokenizer.load(directory, tool_format=tool_format)
-    return tokenizer, GrammarChecker(directory / "tokenizer.json"), labels
 
 
 def _engine_config(args: ModelAppArgs) -> EngineConfig:

@@ -35,6 +35,16 @@ class LowRank:
         """(N, K) of the matrix that it changes."""
         return len(self.up_NR), self.down_RK.shape[1]
 
+    def to(self, dtype: torch.dtype, device: torch.device) -> "LowRank":
+        """The same, to compute with activations of this kind."""
+        length_N = None if self.length_N is None else self.length_N.to(device, dtype)
+        return LowRank(
+            down_RK=self.down_RK.to(device, dtype),
+            up_NR=self.up_NR.to(device, dtype),
+            scale=self.scale,
+            length_N=length_N,
+        )
+
     def merged(self, weight_NK: torch.Tensor) -> torch.Tensor:
         """The adapted matrix, computed in float32 and rounded once to the weight's own dtype."""
         whole_NK = weight_NK.float() + self.scale * (self.up_NR.float() @ self.down_RK.float())

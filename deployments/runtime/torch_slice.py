@@ -6,6 +6,7 @@ import torch
 
 from deployments.messages import SequenceStep
 from deployments.runtime.attention import PagedStep
+from deployments.runtime.beside import BesideAdapters
 from deployments.runtime.kv_cache import KVCache, lay_out
 from deployments.runtime.model import load_stage
 from deployments.runtime.settings import RunnerConfig
@@ -25,6 +26,7 @@ class TorchSlice:
             context_tokens=config.context_tokens,
             quantization=config.quantization,
         )
+        self._beside = BesideAdapters(self.model, config)
         text = self.model.config
         self.kernels = "torch"
         self.dtype = config.dtype
@@ -50,6 +52,7 @@ class TorchSlice:
     ) -> torch.Tensor:
         """Activations [num_tokens, hidden_size] in the model's dtype, or on the last stage logits."""
         layout = lay_out(sequences, self._cache)
+        self._beside.begin_step(sequences)
         rows = torch.arange(len(layout.token_ids_T), device=self._device) if every_row else layout.sample_rows
         inputs = (
             {"input_ids": layout.token_ids_T[None]}

@@ -15,6 +15,7 @@ import uvloop
 
 from cluster.control.code import check_code_digest
 from cluster.plan.types import ModelAppArgs
+from cluster.registry.adapter import FOLDER
 from cluster.registry.materialize import materialize
 from cluster.registry.store import Registry
 from cluster.telemetry.log import log_to_stderr
@@ -62,7 +63,11 @@ class StageActor:
         registry = Registry(self._args.storage)
         name = self._args.registry_name or self._args.model
         directory = materialize(registry, registry.get(name, self._args.version))
-        loaded: LoadedStage = self._loaded.LoadedStage(self._args, self._index, directory)
+        adapters = {
+            adapter.name: materialize(registry, registry.get(adapter.model, adapter.version)) / FOLDER
+            for adapter in self._args.adapters
+        }
+        loaded: LoadedStage = self._loaded.LoadedStage(self._args, self._index, directory, adapters)
         return loaded
 
     def connect_next(self, after: StageAddress) -> None:

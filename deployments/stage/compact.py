@@ -1,8 +1,8 @@
 """Steps as they travel: a StepInput enters at the replica's end, only what is new crosses the wire, it leaves whole.
 
 A block table grows by a block every few steps, so each end remembers it: the replica how long it was, the stage all
-of it. Both forget a sequence with its ``ended`` and begin anew with its ``started``, so they agree as long as every
-step arrives, in order, which the Channel sees to.
+of it, and the sequence's adapter. Both forget a sequence with its ``ended`` and begin anew with its ``started``, so
+they agree as long as every step arrives, in order, which the Channel sees to.
 """
 
 from deployments.messages import CompactPart, CompactStep, SequenceStep, StepInput
@@ -42,13 +42,16 @@ class StepExpander:
 
     def __init__(self) -> None:
         self._tables: dict[int, tuple[int, ...]] = {}
+        self._adapters: dict[int, str | None] = {}
 
     def expand(self, step: CompactStep) -> StepInput:
         """The whole step; ValueError for a sequence that was never started."""
         for sequence_id in step.ended:
             self._tables.pop(sequence_id, None)
+            self._adapters.pop(sequence_id, None)
         for start in step.started:
             self._tables[start.sequence_id] = ()
+            self._adapters[start.sequence_id] = start.adapter
         return StepInput(
             step=step.step,
             sequences=tuple([self._expand_part(part) for part in step.parts]),
@@ -62,4 +65,7 @@ class StepExpander:
             raise ValueError(f"a step names sequence {part.sequence_id}, which was never started")
         if part.new_block_ids:
             table = self._tables[part.sequence_id] = table + part.new_block_ids
-        return SequenceStep(part.sequence_id, part.token_ids, part.position, table, part.sample, part.chosen_in)
+        adapter = self._adapters[part.sequence_id]
+        return SequenceStep(
+            part.sequence_id, part.token_ids, part.position, table, part.sample, part.chosen_in, adapter
+        )

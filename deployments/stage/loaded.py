@@ -4,6 +4,7 @@ Torch comes with this module, so the actor imports it when it starts, and a repl
 """
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,15 +24,18 @@ _VECTOR_RUNNERS = {
 class LoadedStage:
     """The weights of one stage, and a worker that is renewed whenever the stage begins to listen."""
 
-    def __init__(self, args: ModelAppArgs, index: int, directory: Path) -> None:
-        """Load the slice from the checkpoint in ``directory``; raises what the runtime says is wrong."""
+    def __init__(self, args: ModelAppArgs, index: int, directory: Path, adapters: Mapping[str, Path]) -> None:
+        """Load the slice from the checkpoint in ``directory``; raises what the runtime says is wrong.
+
+        ``adapters`` are the folders of those that are served beside the model, by name.
+        """
         self._args = args
         self._plan = args.stages[index]
         self._worker: StageWorker | None = None
         torch.set_num_threads(args.threads_per_stage)
-        self._runner = self._load(directory)
+        self._runner = self._load(directory, adapters)
 
-    def _load(self, directory: Path) -> StageRunner | EmbedRunner:
+    def _load(self, directory: Path, adapters: Mapping[str, Path]) -> StageRunner | EmbedRunner:
         args, plan = self._args, self._plan
         dtype, device = DTYPES[args.dtype], torch.device(args.device)
         if args.task != "generate":
@@ -54,6 +58,7 @@ class LoadedStage:
                 quantization=args.quantization,
                 kernels=args.kernels,
                 num_threads=args.threads_per_stage,
+                adapters=adapters,
             )
         )
 

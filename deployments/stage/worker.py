@@ -263,7 +263,9 @@ class StageWorker:
         if part.chosen_in is None:
             return part
         token_id = self._chosen[part.chosen_in][part.sequence_id] if self._position.is_first else _UNREAD
-        return SequenceStep(part.sequence_id, (token_id,), part.position, part.block_ids, part.sample)
+        return SequenceStep(
+            part.sequence_id, (token_id,), part.position, part.block_ids, part.sample, None, part.adapter
+        )
 
     def _take_chosen(self, wanted: int) -> None:
         """Note what the last stage chose so far; wait for step ``wanted`` if there is one and it is not known yet."""

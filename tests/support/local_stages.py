@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +26,7 @@ def load_runners(
     dtype: str = "float32",
     device: str = "cpu",
     quantization: Quantization | None = None,
+    adapters: Mapping[str, Path] | None = None,
 ) -> list[StageRunner]:
     """One runner per pair of neighbouring ``borders``: [0, 3, 4] is two stages of 3 and 1 layers."""
     return [
@@ -39,6 +40,7 @@ def load_runners(
                 num_blocks=num_blocks,
                 block_tokens=block_tokens,
                 quantization=quantization,
+                adapters=adapters or {},
             )
         )
         for start, stop in pairwise(borders)

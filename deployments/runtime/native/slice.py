@@ -91,6 +91,8 @@ def _examine(config: RunnerConfig) -> tuple[Architecture, Checkpoint]:
         raise NotNativeError(f"the device is {config.device.type}")
     if config.dtype != torch.bfloat16:
         raise NotNativeError(f"the dtype is {str(config.dtype).removeprefix('torch.')}, not bfloat16")
+    if config.adapters:
+        raise NotNativeError("it has adapters beside it")
     if config.block_tokens % _UNIT_TOKENS:
         raise NotNativeError(f"block_tokens {config.block_tokens} is not a multiple of {_UNIT_TOKENS}")
     architecture = read_architecture(config.directory)

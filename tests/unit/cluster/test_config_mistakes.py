@@ -267,6 +267,30 @@ MISTAKES = {
     "native in float32": m(
         TAIL, "    dtype: float32\n    kernels: native #!", "models[0].kernels", "dtype float32", "dtype to bfloat16"
     ),
+    "adapter of an embedding model": in_model(
+        "task: embed\nadapters: #!\n  - {name: tuned, source: 'registry://tuned@latest'}",
+        "adapters",
+        "cannot be had with task embed",
+        "set task to generate",
+    ),
+    "adapter on native kernels": in_model(
+        "kernels: native\nadapters: #!\n  - {name: tuned, source: 'registry://tuned@latest'}",
+        "adapters",
+        "cannot be had with kernels native",
+        "merged",
+    ),
+    "adapter from elsewhere": in_model(
+        "adapters:\n  - {name: tuned, source: 'hf://org/tuned'} #!",
+        "adapters[0].source",
+        "hf://, which cannot hold an adapter",
+        "publish: adapter",
+    ),
+    "adapter named like a model": in_model(
+        "adapters:\n  - {name: smollm2, source: 'registry://tuned@latest'} #!",
+        "adapters[0].name",
+        "the name of another model, models[0]",
+        "rename one",
+    ),
     "native embedding": in_model("task: embed\nkernels: native #!", "kernels", "task embed", "set kernels to auto"),
     "vLLM without its Python": in_model("engine: {kind: vllm} #!", "engine.python", "missing", "Python 3.11"),
     "vLLM by a relative path": in_model(

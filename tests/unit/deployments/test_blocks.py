@@ -21,6 +21,17 @@ def fill(pool, token_ids):
     return table
 
 
+def test_nothing_is_shared_between_adapters():
+    pool = BlockPool(8, 2)
+    table = fill(pool, [1, 2, 3, 4])
+    pool.free(table)
+    own: list[bytes] = []
+    for adapter, found in (("a", ()), ("b", ()), (None, table)):
+        own.clear()
+        pool.extend_digests(own, [1, 2, 3, 4], 2, adapter)
+        assert pool.match_prefix(own) == found
+
+
 def test_blocks_are_handed_out_once_and_refused_without_change_when_short():
     pool = BlockPool(4, 2)
     first = pool.allocate(3)

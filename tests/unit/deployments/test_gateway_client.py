@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from deployments.gateway.answers import TextOffsets, completion_logprobs
 from deployments.gateway.app import create_app
 from deployments.messages import ChatPrompt, ChosenLogprob, Refused, TokenLogprob, TokenPrompt
-from tests.support.fake_backend import DIMENSIONS, FakeBackend, expected_text
+from tests.support.fake_backend import DIMENSIONS, FakeBackend, expected_text, route
 from tests.support.gateway_server import serving
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -272,6 +272,19 @@ async def test_models(client: AsyncOpenAI) -> None:
     assert await client.models.retrieve("writer") == listed[0]
     with pytest.raises(openai.NotFoundError, match="Served models: embedder, sorter, writer"):
         await client.models.retrieve("gpt-4")
+
+
+async def test_an_adapter_is_a_model_with_a_parent(client: AsyncOpenAI, backend: FakeBackend) -> None:
+    tuned = route("writer").model_copy(update={"model": "tuned", "parent": "writer"})
+    backend.table = backend.table.model_copy(update={"routes": (*backend.table.routes, tuned)})
+    parents = {model.id: model.parent async for model in client.models.list()}
+    assert parents == {"writer": None, "embedder": None, "sorter": None, "tuned": "writer"}
+    await client.chat.completions.create(model="tuned", messages=HELLO)
+    await client.completions.create(model="writer", prompt="a")
+    url = str(client.base_url).replace("/v1/", "")
+    await client.post(f"{url}/tokenize", body={"model": "tuned", "prompt": "a"}, cast_to=dict)
+    await client.post(f"{url}/detokenize", body={"model": "tuned", "tokens": [97]}, cast_to=dict)
+    assert [request.adapter for request in backend.requests] == ["tuned", None, "tuned", "tuned"]
 
 
 async def test_tokenize_and_detokenize(client: AsyncOpenAI) -> None:
