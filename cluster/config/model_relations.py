@@ -201,7 +201,6 @@ def _adapters_are_possible(config: ClusterConfig, index: int) -> Iterator[Findin
     reasons = {
         "task": (model.task, model.task == "generate", "set task to generate"),
         "engine.kind": (model.engine.kind, model.engine.kind == "manta", "set engine to {kind: manta}"),
-        "kernels": (model.kernels, model.kernels != "native", "set kernels to auto"),
     }
     for key, (written, fits, remedy) in reasons.items():
         if not fits:
@@ -209,7 +208,7 @@ def _adapters_are_possible(config: ClusterConfig, index: int) -> Iterator[Findin
                 at=_at(index, "adapters"),
                 message=f"cannot be had with {key} {written}",
                 value=", ".join(adapter.name for adapter in model.adapters),
-                limit="task generate, engine manta, and kernels auto or torch",
+                limit="task generate and engine manta",
                 remedy=f"{remedy}, or serve each adapter as a model of its own, merged: name and source as here",
             )
             return

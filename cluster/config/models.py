@@ -185,7 +185,7 @@ class ModelConfig(StrictModel):
     replicas: ReplicasSection = ReplicasSection()
     """How many copies there are."""
     adapters: Annotated[tuple[ServedAdapter, ...], Field(strict=False, max_length=64)] = ()
-    """LoRA adapters served beside it; the weights are in memory once."""
+    """LoRA adapters served beside it, by the same replicas; its weights are in memory once."""
 
     @property
     def num_kv_blocks(self) -> int:

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from cluster.config.models import Kernels, ModelConfig
+from cluster.config.models import ModelConfig
 from cluster.errors import PlanError
+from cluster.plan.memory import DTYPE_BYTES, QUANTIZED_BITS
 from cluster.plan.types import AdapterArgs, AdapterPlan, KnownVersion, ModelFacts
+
+_FLOAT32_BITS = 32
 
 
 def known_adapters(
@@ -49,13 +52,10 @@ def adapter_plans(model: ModelConfig, adapters: Sequence[KnownVersion]) -> tuple
     )
 
 
-def with_adapters(facts: ModelFacts, adapters: Sequence[KnownVersion]) -> ModelFacts:
-    """``facts`` with the adapters' parameters counted among those of the layers, evenly."""
+def with_adapters(model: ModelConfig, facts: ModelFacts, adapters: Sequence[KnownVersion]) -> ModelFacts:
+    """``facts`` with what the adapters take, in float32, counted as parameters of the layers, evenly."""
     num_params = sum(version.adapter.num_params for version in adapters if version.adapter is not None)
-    each = -(-num_params // facts.num_layers)
+    unpacked = model.quantization is None or model.kernels == "torch"
+    param_bits = 8 * DTYPE_BYTES[model.dtype] if unpacked else QUANTIZED_BITS[model.quantization or "int8"]
+    each = -(-num_params * _FLOAT32_BITS // (param_bits * facts.num_layers))
     return facts.model_copy(update={"layer_params": tuple(params + each for params in facts.layer_params)})
-
-
-def kernels_of(model: ModelConfig) -> Kernels:
-    """``kernels``, or torch where adapters are beside the model: native kernels multiply by its weights only."""
-    return "torch" if model.adapters else model.kernels

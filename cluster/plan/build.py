@@ -9,7 +9,7 @@ from cluster.config.models import Engine, MantaEngine, ModelConfig
 from cluster.config.nodes import NodeGroup, UriCode
 from cluster.config.schema import ClusterConfig
 from cluster.errors import PlanError
-from cluster.plan.adapters import adapter_args, adapter_plans, kernels_of, known_adapters, with_adapters
+from cluster.plan.adapters import adapter_args, adapter_plans, known_adapters, with_adapters
 from cluster.plan.capacity import can_surge, check_capacity, check_one_replica, maximum_fits, one_replica_fits
 from cluster.plan.memory import VLLM_BYTES, StepShape, activation_bytes, kv_bytes, weight_bytes
 from cluster.plan.partition import Range, cut_layers, explicit
@@ -83,7 +83,7 @@ def _model_plan(
     adapters: tuple[KnownVersion, ...] = ()
     if version is not None:
         adapters = known_adapters(model, version, versions)
-        counted = version.model_copy(update={"facts": with_adapters(version.facts, adapters)})
+        counted = version.model_copy(update={"facts": with_adapters(model, version.facts, adapters)})
         args = _app_args(model, counted, config.storage_root, nodes, code_digest)
         args = args.model_copy(update={"adapters": adapter_args(model, adapters)})
     return ModelPlan(
@@ -178,7 +178,7 @@ def _with_stages(
         task=model.task,
         dtype=model.dtype,
         quantization=model.quantization,
-        kernels=kernels_of(model),
+        kernels=model.kernels,
         device=model.device,
         context_tokens=model.context_tokens,
         tool_parser=model.tool_parser,
@@ -254,7 +254,7 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
             stop=stop,
             dtype=model.dtype,
             quantization=model.quantization,
-            kernels=kernels_of(model),
+            kernels=model.kernels,
         ),
         kv_bytes=kv_bytes(facts, shape, stop - start),
         activation_bytes=activation_bytes(facts, shape, last=last) + engine_bytes,
@@ -264,7 +264,7 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
 def _kernels_possible(model: ModelConfig) -> Kernels:
     """``kernels``, or torch where the config leaves no other."""
     native = model.task == "generate" and model.device == "cpu" and model.dtype == "bfloat16"
-    return kernels_of(model) if native else "torch"
+    return model.kernels if native else "torch"
 
 
 def _notes(
@@ -287,12 +287,6 @@ def _notes(
         "memory nor time; kernels auto does where the processor allows"
         for args in apps
         if args.quantization is not None and args.kernels == "torch"
-    )
-    notes.extend(
-        f"{args.model}: with adapters beside it torch computes it; native kernels, faster on processors with AMX, "
-        "take an adapter only merged, as a model of its own"
-        for args in apps
-        if args.adapters and args.device == "cpu"
     )
     notes.extend(
         f"{args.model}: GPU memory is not checked; its largest stage needs about "

@@ -31,6 +31,11 @@ class LowRank:
     """DoRA: the length of each row."""
 
     @property
+    def num_values(self) -> int:
+        """Values of both thin matrices."""
+        return self.down_RK.numel() + self.up_NR.numel()
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(N, K) of the matrix that it changes."""
         return len(self.up_NR), self.down_RK.shape[1]
@@ -86,18 +91,19 @@ class Adapter:
         """The base's tensor ``name`` as the adapter makes it; the same one where it changes nothing."""
         new = self.whole.get(name)
         if new is not None:
-            self._check_shape(name, tensor, tuple(new.shape))
+            self.check_shape(name, tuple(tensor.shape), tuple(new.shape))
             return new.to(tensor.dtype)
         matrix = self.matrices.get(name.removesuffix(".weight"))
         if matrix is None:
             return tensor
-        self._check_shape(name, tensor, matrix.shape)
+        self.check_shape(name, tuple(tensor.shape), matrix.shape)
         return matrix.merged(tensor)
 
-    def _check_shape(self, name: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> None:
-        if tuple(tensor.shape) != wanted:
+    def check_shape(self, name: str, actual: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        """Raise UnsupportedModelError unless the base's tensor ``name`` has the shape that the adapter is for."""
+        if actual != wanted:
             raise UnsupportedModelError(
-                f"{self._folder}: {name} is {tuple(tensor.shape)} in the base, but the adapter is for {wanted}"
+                f"{self._folder}: {name} is {actual} in the base, but the adapter is for {wanted}"
             )
 
     def check_names(self, known: Iterable[str], layers: range | None = None) -> None:
@@ -128,6 +134,15 @@ def adapter_of(directory: Path) -> Adapter | None:
     """The adapter that a materialized version is to be merged with; None for a whole model."""
     folder = directory / FOLDER
     return Adapter(folder) if folder.is_dir() else None
+
+
+def read_beside(folder: Path, names: Iterable[str], layers: range) -> Adapter:
+    """An adapter to be beside its base, whose tensors are ``names``; UnsupportedModelError where it cannot."""
+    adapter = Adapter(folder)
+    adapter.check_names(names, layers)
+    if adapter.whole or any(matrix.length_N is not None for matrix in adapter.matrices.values()):
+        raise UnsupportedModelError(f"{folder}: only LoRA can be served beside its base; serve it merged")
+    return adapter
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 The weights are those of the base, in memory once. Every adapted matrix gets a hook that adds, for each adapter, the
 product of its two thin matrices to the rows of the sequences that named it. Rows are independent of each other, so a
-sequence's numbers do not depend on which adapters its company has.
+sequence's numbers do not depend on which adapters its company has. Native kernels do the same in ``adapters.h``.
 Notation as in :mod:`deployments.runtime.adapter`.
 """
 
@@ -15,43 +15,34 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deployments.messages import SequenceStep
-from deployments.runtime.adapter import Adapter, LowRank
+from deployments.runtime.adapter import LowRank, read_beside
 from deployments.runtime.settings import RunnerConfig
 from deployments.runtime.support import UnsupportedModelError
 
+_EXPERTS = ("num_local_experts", "num_experts")
+
 
 class BesideAdapters:
-    """The adapters of one slice; changes ``model`` in place. Not thread-safe."""
+    """The adapters of one slice; gives hooks to the modules of ``model``. Not thread-safe."""
 
     def __init__(self, model: PreTrainedModel, config: RunnerConfig) -> None:
-        """Read all adapters of ``config``; UnsupportedModelError for one that this slice cannot add."""
-        self._rows: dict[str, torch.Tensor] = {}
+        """Read all adapters of ``config``; UnsupportedModelError for one that cannot be added to this model."""
         self._names = frozenset(config.adapters)
         self._device = config.device
+        self._rows: dict[str, torch.Tensor] = {}
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         layers = range(config.part.start, config.part.stop)
         changes: defaultdict[str, dict[str, LowRank]] = defaultdict(dict)
-        for name, folder in config.adapters.items():
-            adapter = Adapter(folder)
-            adapter.check_names(dict(model.named_parameters()), layers)
-            for module, matrix in adapter.matrices.items():
-                changes[module][name] = matrix.to(config.dtype, config.device)
-            if adapter.whole or any(matrix.length_N is not None for matrix in adapter.matrices.values()):
-                raise UnsupportedModelError(f"{folder}: only LoRA can be served beside its base; serve it merged")
-        for name, module in model.named_modules():
-            if name in changes:
-                self._adapt(name, module, changes[name], model)
-
-    def _adapt(self, name: str, module: nn.Module, matrices: dict[str, LowRank], model: PreTrainedModel) -> None:
-        if not isinstance(module, nn.Linear) or _has_experts(model):
-            raise UnsupportedModelError(
-                f"{model.config.model_type}: {name} cannot have adapters beside it, as it does not see every row of "
-                "a step; serve the adapter merged, as a model of its own"
-            )
-        for adapter, matrix in matrices.items():
-            if matrix.shape != tuple(module.weight.shape):
-                shape = tuple(module.weight.shape)
-                raise UnsupportedModelError(f"{adapter}: {name} is {shape}, but the adapter is for {matrix.shape}")
-        module.register_forward_hook(self._addition(matrices))
+        for adapter_name, folder in config.adapters.items():
+            adapter = read_beside(folder, parameters, layers)
+            for name, matrix in adapter.matrices.items():
+                if name not in modules:
+                    continue  # in another stage's layers
+                _check_sees_every_row(name, modules[name], model)
+                adapter.check_shape(name, tuple(parameters[f"{name}.weight"].shape), matrix.shape)
+                changes[name][adapter_name] = matrix.to(config.dtype, config.device)
+        for name, matrices in changes.items():
+            modules[name].register_forward_hook(self._addition(matrices))
 
     def _addition(self, matrices: dict[str, LowRank]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output_1TN: torch.Tensor) -> None:
@@ -75,5 +66,9 @@ class BesideAdapters:
         self._rows = {name: torch.tensor(numbers, device=self._device) for name, numbers in rows.items()}
 
 
-def _has_experts(model: PreTrainedModel) -> bool:
-    return any(getattr(model.config, key, None) for key in ("num_local_experts", "num_experts"))
+def _check_sees_every_row(name: str, module: nn.Module, model: PreTrainedModel) -> None:
+    if not isinstance(module, nn.Linear) or any(getattr(model.config, key, None) for key in _EXPERTS):
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: {name} cannot have adapters beside it, as it does not see every row of a "
+            "step; serve the adapter merged, as a model of its own"
+        )

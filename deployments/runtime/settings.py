@@ -41,4 +41,4 @@ class RunnerConfig:
     num_threads: int = 1
     """Threads of the native kernels; torch has its own setting, for the whole process."""
     adapters: Mapping[str, Path] = MappingProxyType({})
-    """Folders of adapters that sequences may name; only torch computes with them."""
+    """Folders of the adapters that sequences may name."""

@@ -1,7 +1,7 @@
 """Slices on the native kernels, and steps for them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +38,7 @@ def load_native(
     num_threads: int = 2,
     block_tokens: int = 16,
     context_tokens: int = 256,
+    adapters: Mapping[str, Path] | None = None,
 ) -> list[NativeSlice]:
     """One slice per pair of neighbouring ``borders``."""
     return [
@@ -52,6 +53,7 @@ def load_native(
                 block_tokens=block_tokens,
                 quantization=quantization,
                 num_threads=num_threads,
+                adapters=adapters or {},
             )
         )
         for start, stop in pairwise(borders)

@@ -13,14 +13,19 @@ namespace manta {
 class Activation {
  public:
   Activation(int width, bool integer)
-      : integer(integer), width(width), num_steps(divide_up(width, integer ? 64 : 32)) {}
+      : integer(integer), width(width), num_steps(divide_up(width, integer ? 64 : 32)), keeps_floats_(integer) {}
+
+  // From now on, values() has the rows as they were before they are rounded.
+  void keep_floats() { keeps_floats_ = true; }
+  const float* values(int row) const {
+    return reinterpret_cast<const float*>(staging_.data()) + static_cast<size_t>(row) * width;
+  }
 
   void reserve(int num_rows) {
     const int blocks = divide_up(num_rows, kLane);
     tiles_.resize(static_cast<size_t>(blocks) * block_bytes());
-    if (!integer) return;
-    scales_.resize(static_cast<size_t>(blocks) * kLane * sizeof(float));
-    staging_.resize(static_cast<size_t>(blocks) * kLane * width * sizeof(float));
+    if (keeps_floats_) staging_.resize(static_cast<size_t>(blocks) * kLane * width * sizeof(float));
+    if (integer) scales_.resize(static_cast<size_t>(blocks) * kLane * sizeof(float));
   }
 
   // Tiles of 16 rows: bfloat16, or the high digits followed by the low ones.
@@ -30,9 +35,8 @@ class Activation {
 
   // Sixteen values of a row from `column` (a multiple of 16).
   void store(int row, int column, __m512 values) {
-    if (integer) {
-      _mm512_storeu_ps(staging(row) + column, values);
-    } else {
+    if (keeps_floats_) _mm512_storeu_ps(staging(row) + column, values);
+    if (!integer) {
       char* at = tile_row(row, column / 32) + column % 32 * 2;
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), to_bf16(values));
     }
@@ -71,6 +75,7 @@ class Activation {
   }
   float* staging(int row) { return reinterpret_cast<float*>(staging_.data()) + static_cast<size_t>(row) * width; }
 
+  bool keeps_floats_;
   Buffer tiles_, scales_, staging_;
 };
 

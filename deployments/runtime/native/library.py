@@ -64,7 +64,7 @@ class StepArrays(ctypes.Structure):
         ("num_rows", ctypes.c_int32),
         ("num_samples", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in (
-            "first_rows", "positions", "first_blocks", "blocks", "tokens", "sampled_rows",
+            "first_rows", "positions", "first_blocks", "blocks", "tokens", "sampled_rows", "adapters",
             "hidden_in", "hidden_out", "logits",
         )),
     )  # fmt: skip
@@ -77,6 +77,11 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "manta_destroy": (None, (_POINTER,)),
     "manta_load_matrix": (_INT, (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT, _INT)),
     "manta_load_bias": (_INT, (_POINTER, _INT, _INT, _POINTER, _INT)),
+    "manta_set_num_adapters": (_INT, (_POINTER, _INT)),
+    "manta_load_adapter": (
+        _INT,
+        (_POINTER, _INT, _INT, _INT, _POINTER, _POINTER, ctypes.c_float, _INT, _INT, _INT),
+    ),
     "manta_load_norm": (_INT, (_POINTER, _INT, _INT, _POINTER, _INT)),
     "manta_load_embedding": (None, (_POINTER, _POINTER)),
     "manta_load_angles": (None, (_POINTER, _POINTER)),

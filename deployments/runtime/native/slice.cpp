@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kRowsPerChunk = 4;
 constexpr int kAppendRows = 64;  // a multiple of a unit's tokens
-constexpr int kPhasesPerLayer = 10;
+constexpr int kPhasesPerLayer = 14;
 
 // Stores both halves of a panel into a row, but nothing from column `limit` on.
 inline void store_panel(float* row, int limit, int panel, __m512 left, __m512 right) {
@@ -70,7 +70,32 @@ void Slice::check_sequence(const StepArrays& step, int sequence) const {
       throw std::invalid_argument(name + "block id outside 0.." + std::to_string(shape_.num_blocks - 1));
 }
 
+void Slice::set_num_adapters(int num_adapters) {
+  num_adapters_ = num_adapters;
+  additions_.resize(num_adapters > 0 ? shape_.num_layers : 0);
+  if (num_adapters == 0) return;
+  for (Activation* activation : {&normed_, &attended_, &activated_}) activation->keep_floats();
+}
+
+void Slice::load_adapter(int adapter, int layer, Part part, const float* down, const float* up, float scale, int rank,
+                         int num_rows, int num_columns) {
+  const auto [matrix, place] = weights.find(layer, part);
+  if (part == Part::kHead || num_columns != matrix->width || adapter >= num_adapters_)
+    throw std::invalid_argument("an adapter of another width than the configuration's, or one too many");
+  LayerAdditions& at = additions_.at(layer);
+  const Layer& fused = weights.layer(layer);
+  Additions& additions = matrix == &fused.query_key_value ? at.query_key_value
+                         : matrix == &fused.output        ? at.output
+                         : matrix == &fused.gate_up       ? at.gate_up
+                                                          : at.down;
+  additions.load(adapter, place, down, up, scale, rank, num_rows, num_columns);
+  added_width_ = std::max(added_width_, static_cast<size_t>(matrix->num_panels) * kPanelColumns);
+}
+
 void Slice::check(const StepArrays& step) const {
+  for (int sequence = 0; step.adapters != nullptr && sequence < step.num_sequences; ++sequence)
+    if (step.adapters[sequence] < -1 || step.adapters[sequence] >= num_adapters_)
+      throw std::invalid_argument("sequence " + std::to_string(sequence) + " of the step names an unknown adapter");
   for (int sequence = 0; sequence < step.num_sequences; ++sequence) check_sequence(step, sequence);
   if (!shape_.has_embedding) return;
   for (int row = 0; row < step.num_rows; ++row)
@@ -99,6 +124,16 @@ void Slice::plan(const StepArrays& step) {
       }
     }
   }
+  adapted_rows_.clear();
+  row_adapters_.assign(step.num_rows, -1);
+  for (int sequence = 0; step.adapters != nullptr && sequence < step.num_sequences; ++sequence) {
+    if (step.adapters[sequence] < 0) continue;
+    for (int row = step.first_rows[sequence]; row < step.first_rows[sequence + 1]; ++row) {
+      row_adapters_[row] = step.adapters[sequence];
+      adapted_rows_.push_back(row);
+    }
+  }
+  if (!adapted_rows_.empty()) added_.resize(sizeof(float) * step.num_rows * added_width_);
   hidden_.resize(sizeof(float) * step.num_rows * shape_.hidden_size);
   projected_.resize(sizeof(float) * step.num_rows * heads_.columns());
   for (Activation* activation : {&normed_, &attended_, &activated_}) activation->reserve(step.num_rows);
@@ -149,9 +184,33 @@ void Slice::seal_rows(Member& member, Activation& activation) {
   });
 }
 
+// What the step's adapters add to the product with `matrix`, row by row.
+void Slice::compute_additions(Member& member, const Additions& additions, const Matrix& matrix,
+                              const Activation& input) {
+  member.share(static_cast<int>(adapted_rows_.size()), [&](int index) {
+    const int row = adapted_rows_[index];
+    additions.compute(row_adapters_[row], input.values(row), matrix.width, added(row), matrix.num_columns);
+  });
+}
+
+// As multiply(), for all rows of the step, with what their adapters add.
+template <class Emit>
+void Slice::multiply_adapted(Member& member, const Additions* additions, const Matrix& matrix, const Activation& input,
+                             const Emit& emit) {
+  char* scratch = workers_[member.index]->scratch.data();
+  if (additions == nullptr || adapted_rows_.empty() || additions->empty())
+    return multiply(member, matrix, input, step_.num_rows, scratch, emit);
+  compute_additions(member, *additions, matrix, input);
+  multiply(member, matrix, input, step_.num_rows, scratch, [&](int row, int panel, __m512 left, __m512 right) {
+    if (row_adapters_[row] < 0) return emit(row, panel, left, right);
+    const float* more = added(row) + panel * kPanelColumns;
+    emit(row, panel, _mm512_add_ps(left, _mm512_loadu_ps(more)), _mm512_add_ps(right, _mm512_loadu_ps(more + kLane)));
+  });
+}
+
 void Slice::compute_layer(Member& member, int index) {
   const Layer& layer = weights.layer(index);
-  char* scratch = workers_[member.index]->scratch.data();
+  const LayerAdditions* more = additions_.empty() ? nullptr : &additions_[index];
   const int num_rows = step_.num_rows, width = shape_.hidden_size;
   const auto add_to_hidden = [&](int row, int panel, __m512 left, __m512 right) {
     add_panel(hidden(row), width, panel, left, right);
@@ -163,14 +222,14 @@ void Slice::compute_layer(Member& member, int index) {
     activated_.store(row, panel * kLane, _mm512_mul_ps(silu_of(gate), up));
   };
   norm_rows(member, layer.attention_norm, normed_, nullptr, num_rows);
-  multiply(member, layer.query_key_value, normed_, num_rows, scratch, project);
+  multiply_adapted(member, more ? &more->query_key_value : nullptr, layer.query_key_value, normed_, project);
   attend(member, index);
   seal_rows(member, attended_);
-  multiply(member, layer.output, attended_, num_rows, scratch, add_to_hidden);
+  multiply_adapted(member, more ? &more->output : nullptr, layer.output, attended_, add_to_hidden);
   norm_rows(member, layer.mlp_norm, normed_, nullptr, num_rows);
-  multiply(member, layer.gate_up, normed_, num_rows, scratch, activate);
+  multiply_adapted(member, more ? &more->gate_up : nullptr, layer.gate_up, normed_, activate);
   seal_rows(member, activated_);
-  multiply(member, layer.down, activated_, num_rows, scratch, add_to_hidden);
+  multiply_adapted(member, more ? &more->down : nullptr, layer.down, activated_, add_to_hidden);
 }
 
 // A head's query or key before it is used: its norm, where there is one, and its rotation.
@@ -285,6 +344,16 @@ int manta_load_matrix(Slice* slice, int layer, int part, const void* data, const
 
 int manta_load_bias(Slice* slice, int layer, int part, const float* data, int rows) {
   return guarded([&] { slice->weights.load_bias(layer, static_cast<manta::Part>(part), data, rows); });
+}
+
+int manta_set_num_adapters(Slice* slice, int num_adapters) {
+  return guarded([&] { slice->set_num_adapters(num_adapters); });
+}
+
+int manta_load_adapter(Slice* slice, int adapter, int layer, int part, const float* down, const float* up, float scale,
+                       int rank, int rows, int columns) {
+  const auto which = static_cast<manta::Part>(part);
+  return guarded([&] { slice->load_adapter(adapter, layer, which, down, up, scale, rank, rows, columns); });
 }
 
 int manta_load_norm(Slice* slice, int layer, int part, const float* data, int width) {

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "adapters.h"
 #include "weights.h"
 
 namespace manta {
@@ -21,6 +22,7 @@ struct StepArrays {
   const int32_t* blocks;         // [first_blocks[num_sequences]]
   const int32_t* tokens;         // [num_rows], first slice only
   const int32_t* sampled_rows;   // [num_samples]
+  const int32_t* adapters;       // [num_sequences], -1 for none; null when the slice has none
   const float* hidden_in;        // [num_rows, hidden_size], all but the first slice
   float* hidden_out;             // [num_rows, hidden_size], all but the last slice
   float* logits;                 // [num_samples, vocab_size], last slice
@@ -31,6 +33,11 @@ class Slice {
   explicit Slice(const SliceShape& shape);
 
   Weights weights;
+
+  // Loading, before the first step: how many adapters steps may name, then each one's thin matrices for a tensor.
+  void set_num_adapters(int num_adapters);
+  void load_adapter(int adapter, int layer, Part part, const float* down, const float* up, float scale, int rank,
+                    int num_rows, int num_columns);
 
   // One step; throws std::invalid_argument before anything is read or written where an index is wrong.
   void forward(const StepArrays& step);
@@ -54,8 +61,13 @@ class Slice {
   void attend_task(int index, const AttentionTask& task, Worker& worker);
   void prepare(const Layer& layer, const float* source, const float* norm, int position, float* out) const;
   void finish(Member& member);
+  void compute_additions(Member& member, const Additions& additions, const Matrix& matrix, const Activation& input);
+  template <class Emit>
+  void multiply_adapted(Member& member, const Additions* additions, const Matrix& matrix, const Activation& input,
+                        const Emit& emit);
 
   float* hidden(size_t row) const { return reinterpret_cast<float*>(hidden_.data()) + row * shape_.hidden_size; }
+  float* added(size_t row) const { return reinterpret_cast<float*>(added_.data()) + row * added_width_; }
   float* projected(size_t row) const { return reinterpret_cast<float*>(projected_.data()) + row * heads_.columns(); }
 
   const SliceShape shape_;
@@ -67,6 +79,11 @@ class Slice {
   StepArrays step_ = {};
   std::vector<AttentionTask> attention_tasks_;
   std::vector<AppendTask> append_tasks_;
+  int num_adapters_ = 0;
+  std::vector<LayerAdditions> additions_;  // of each layer; empty without adapters
+  std::vector<int> adapted_rows_, row_adapters_;  // rows of the step with an adapter, and every row's, -1 for none
+  Buffer added_;                                  // float32 rows, one for each row of the step
+  size_t added_width_ = 0;
   Team team_;  // last: its threads must be gone before the rest
 };
 

@@ -6,7 +6,7 @@ T tokens in the step, D hidden size, R rows whose logits are wanted, V vocabular
 
 import ctypes
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 
 import torch
@@ -16,7 +16,7 @@ from deployments.runtime.native.architecture import Architecture, NotNativeError
 from deployments.runtime.native.build import load_library
 from deployments.runtime.native.library import Format, Handle, SliceShape, StepArrays
 from deployments.runtime.native.rope import rotary_angles
-from deployments.runtime.native.weights import Checkpoint, check_tensors, load_weights
+from deployments.runtime.native.weights import Checkpoint, check_tensors, load_adapters, load_weights
 from deployments.runtime.settings import RunnerConfig
 
 _UNIT_TOKENS = 16
@@ -52,11 +52,13 @@ class NativeSlice:
             quantization=config.quantization,
             shares_embedding=bool(shape.shares_embedding),
         )
+        self._adapters = {name: number for number, name in enumerate(config.adapters)}
+        self._adapter_bytes = load_adapters(self._handle, checkpoint, architecture, config.part, config.adapters)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the packed weights, with their scales and padding."""
-        return self._handle.call("weight_bytes")
+        """Bytes of the packed weights, with their scales and padding, and of the adapters beside them."""
+        return self._handle.call("weight_bytes") + self._adapter_bytes
 
     def compute(
         self, sequences: Sequence[SequenceStep], hidden_TD: torch.Tensor | None, every_row: bool
@@ -64,9 +66,10 @@ class NativeSlice:
         """Activations [T, D] float32, or on the last stage logits [R, V] float32.
 
         ValueError for a block table that does not cover its positions or names a block that does not exist, a token
-        outside the vocabulary, a position beyond context_tokens; the cache is then as it was.
+        outside the vocabulary, a position beyond context_tokens, an adapter that is not here; the cache is then as it
+        was.
         """
-        arrays, kept = _step_arrays(sequences, every_row)
+        arrays, kept = _step_arrays(sequences, every_row, self._adapters)
         if hidden_TD is not None:
             hidden_TD = hidden_TD.to(torch.float32).contiguous()
             if tuple(hidden_TD.shape) != (arrays.num_rows, self.hidden_size):
@@ -91,8 +94,6 @@ def _examine(config: RunnerConfig) -> tuple[Architecture, Checkpoint]:
         raise NotNativeError(f"the device is {config.device.type}")
     if config.dtype != torch.bfloat16:
         raise NotNativeError(f"the dtype is {str(config.dtype).removeprefix('torch.')}, not bfloat16")
-    if config.adapters:
-        raise NotNativeError("it has adapters beside it")
     if config.block_tokens % _UNIT_TOKENS:
         raise NotNativeError(f"block_tokens {config.block_tokens} is not a multiple of {_UNIT_TOKENS}")
     architecture = read_architecture(config.directory)
@@ -128,8 +129,13 @@ def _shape(config: RunnerConfig, architecture: Architecture) -> SliceShape:
     )
 
 
-def _step_arrays(sequences: Sequence[SequenceStep], every_row: bool) -> tuple[StepArrays, "list[array[int]]"]:
+def _step_arrays(
+    sequences: Sequence[SequenceStep], every_row: bool, adapters: Mapping[str, int]
+) -> tuple[StepArrays, "list[array[int]]"]:
     """The step as the library takes it, and the arrays that it points into."""
+    unknown = [s for s in sequences if s.adapter is not None and s.adapter not in adapters]
+    if unknown:
+        raise ValueError(f"sequence {unknown[0].sequence_id}: no adapter {unknown[0].adapter!r} here")
     first_rows = [0, *accumulate(len(sequence.token_ids) for sequence in sequences)]
     sampled: Iterable[int] = (
         range(first_rows[-1])
@@ -145,6 +151,8 @@ def _step_arrays(sequences: Sequence[SequenceStep], every_row: bool) -> tuple[St
             "tokens": array("i", chain.from_iterable(sequence.token_ids for sequence in sequences)),
             "sampled_rows": array("i", sampled),
         }
+        if adapters:
+            columns["adapters"] = array("i", [adapters.get(sequence.adapter or "", -1) for sequence in sequences])
     except OverflowError as error:
         raise ValueError(f"a token, position or block id of the step is no 32-bit integer: {error}") from error
     arrays = StepArrays(

@@ -108,6 +108,22 @@ class Weights {
     memcpy(angles_, data, sizeof(float) * shape_.context_tokens * shape_.head_dim);
   }
 
+  // The fused matrix that a tensor is part of, and where it stands there.
+  std::pair<const Matrix*, Place> find(int layer, Part part) const {
+    if (part == Part::kHead) return {head_.get(), {0, 1}};
+    const Layer& at = layers_.at(layer);
+    const int query_tiles = heads_.query_columns() / kLane, kv_tiles = heads_.kv_columns() / kLane;
+    switch (part) {
+      case Part::kQuery: return {&at.query_key_value, {0, 1}};
+      case Part::kKey: return {&at.query_key_value, {query_tiles, 1}};
+      case Part::kValue: return {&at.query_key_value, {query_tiles + kv_tiles, 1}};
+      case Part::kOutput: return {&at.output, {0, 1}};
+      case Part::kGate: return {&at.gate_up, {0, 2}};
+      case Part::kUp: return {&at.gate_up, {1, 2}};
+      default: return {&at.down, {0, 1}};
+    }
+  }
+
   void set_layer(int layer, int window, bool rotates) {
     layers_.at(layer).window = window;
     layers_.at(layer).rotates = rotates;
@@ -132,21 +148,6 @@ class Weights {
   }
 
   float* take_vector(size_t width) { return reinterpret_cast<float*>(arena_.take(width * sizeof(float))); }
-
-  std::pair<const Matrix*, Place> find(int layer, Part part) const {
-    if (part == Part::kHead) return {head_.get(), {0, 1}};
-    const Layer& at = layers_.at(layer);
-    const int query_tiles = heads_.query_columns() / kLane, kv_tiles = heads_.kv_columns() / kLane;
-    switch (part) {
-      case Part::kQuery: return {&at.query_key_value, {0, 1}};
-      case Part::kKey: return {&at.query_key_value, {query_tiles, 1}};
-      case Part::kValue: return {&at.query_key_value, {query_tiles + kv_tiles, 1}};
-      case Part::kOutput: return {&at.output, {0, 1}};
-      case Part::kGate: return {&at.gate_up, {0, 2}};
-      case Part::kUp: return {&at.gate_up, {1, 2}};
-      default: return {&at.down, {0, 1}};
-    }
-  }
 
   float* find_norm(int layer, NormPart part) const {
     if (part == NormPart::kFinal) return final_norm_;

@@ -4,13 +4,14 @@ N output features, K input features.
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from deployments.runtime.adapter import adapter_of
+from deployments.runtime.adapter import LowRank, adapter_of, read_beside
 from deployments.runtime.native.architecture import Architecture, NotNativeError
 from deployments.runtime.native.library import Handle, NormPart, Part
 from deployments.runtime.quantize import Quantization, quantize, quantized_bits
@@ -27,6 +28,7 @@ _MATRICES = {
 }
 _NORMS = {"input_layernorm": NormPart.ATTENTION, "post_attention_layernorm": NormPart.MLP}
 _HEAD_NORMS = {"self_attn.q_norm": NormPart.QUERY, "self_attn.k_norm": NormPart.KEY}
+_FLOAT32_BYTES = 4
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
@@ -52,6 +54,11 @@ class Checkpoint:
             raise NotNativeError(f"{directory} has no model.safetensors")
         if self._adapter is not None:
             self._adapter.check_names(self._files, layers)
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The tensors there are."""
+        return self._files
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -115,6 +122,40 @@ def load_weights(
     if part.is_first and not shares_embedding:
         embedding = _shaped(checkpoint, EMBEDDING, expected[Part.HEAD]).to(torch.bfloat16).contiguous()
         handle.call("load_embedding", embedding.data_ptr())
+
+
+def load_adapters(
+    handle: Handle,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    part: StageSlice,
+    folders: Mapping[str, Path],
+) -> int:
+    """Hand over the adapters in ``folders``, numbered in their order; returns how many bytes they take.
+
+    UnsupportedModelError for one that does not fit the checkpoint, or that cannot be beside it.
+    """
+    handle.call("set_num_adapters", len(folders))
+    expected = _shapes(architecture)
+    num_values = 0
+    for number, folder in enumerate(folders.values()):
+        adapter = read_beside(folder, checkpoint.names, range(part.start, part.stop))
+        for index, layer in enumerate(range(part.start, part.stop)):
+            for name, matrix in _MATRICES.items():
+                low_rank = adapter.matrices.get(f"model.layers.{layer}.{name}")
+                if low_rank is not None:
+                    adapter.check_shape(name, expected[matrix], low_rank.shape)
+                    _load_low_rank(handle, number, index, matrix, low_rank)
+                    num_values += low_rank.num_values
+    return num_values * _FLOAT32_BYTES
+
+
+def _load_low_rank(handle: Handle, adapter: int, layer: int, matrix: Part, low_rank: LowRank) -> None:
+    down_RK, up_NR = _float32(low_rank.down_RK), _float32(low_rank.up_NR)
+    handle.call(
+        "load_adapter", adapter, layer, matrix, down_RK.data_ptr(), up_NR.data_ptr(), low_rank.scale, len(down_RK),
+        len(up_NR), down_RK.shape[1],
+    )  # fmt: skip
 
 
 def _shapes(architecture: Architecture) -> dict[Part, tuple[int, int]]:

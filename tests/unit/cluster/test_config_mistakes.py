@@ -273,12 +273,6 @@ MISTAKES = {
         "cannot be had with task embed",
         "set task to generate",
     ),
-    "adapter on native kernels": in_model(
-        "kernels: native\nadapters: #!\n  - {name: tuned, source: 'registry://tuned@latest'}",
-        "adapters",
-        "cannot be had with kernels native",
-        "merged",
-    ),
     "adapter from elsewhere": in_model(
         "adapters:\n  - {name: tuned, source: 'hf://org/tuned'} #!",
         "adapters[0].source",

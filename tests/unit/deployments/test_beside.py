@@ -5,12 +5,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from msgspec import structs
 from transformers import AutoModelForCausalLM
 
-from deployments.messages import Delta, Generate, RequestRefused, SamplingParams, Started, TokenPrompt
+from deployments.messages import (
+    Delta,
+    Generate,
+    RequestRefused,
+    SamplingParams,
+    SequenceStep,
+    Started,
+    StepInput,
+    TokenPrompt,
+)
 from deployments.replica.engine import Engine, EngineConfig
 from deployments.runtime.support import UnsupportedModelError
 from tests.support.local_stages import load_runners, serve_stages
+from tests.support.native_slices import load_native, needs_native, random_tokens, run_through
 from tests.support.tiny_adapter import merge_by_hand, write_adapter
 from tests.support.tiny_models import greedy, save_tiny_model
 from tests.support.tiny_tokenizer import tiny_text
@@ -18,6 +30,8 @@ from tests.support.tiny_tokenizer import tiny_text
 SHARED = list(range(20, 60))
 PROMPTS = [[5, 9, 200, 31], [*SHARED, 7, 8], SHARED, [251]]
 NUM_TOKENS = 12
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NATIVE = {"hidden_size": 96, "intermediate_size": 112, "head_dim": 32, "num_hidden_layers": 2}
 Expected = dict[str | None, list[list[int]]]
 CONFIG = {"context_tokens": 128, "num_blocks": 128, "block_tokens": 4, "max_running": 12, "max_step_tokens": 48}
 
@@ -90,10 +104,49 @@ async def test_keys_and_values_are_never_shared_between_adapters(served) -> None
         await engine.stop()
 
 
-def test_native_kernels_leave_them_to_torch(served) -> None:
-    base, adapters, _ = served
-    (runner,) = load_runners(base, [0, 4], dtype="bfloat16", adapters=adapters)
-    assert runner.kernels == "torch"
+@needs_native
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("borders", [[0, 2], [0, 1, 2]])
+def test_native_kernels_add_to_the_rows_of_each_adapter(
+    borders: list[int], quantization: str | None, tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path / "base", "llama", **NATIVE)
+    adapters = {
+        name: write_adapter(tmp_path / name, tmp_path / "base", seed=seed, targets=targets, rank=3 + seed)
+        for seed, (name, targets) in enumerate({"all": ALL, "some": ("v_proj", "up_proj")}.items())
+    }
+    slices = load_native(tmp_path / "base", borders, quantization=quantization, adapters=adapters)
+    (reference,) = load_runners(
+        tmp_path / "base", [0, 2], block_tokens=16, quantization=quantization, adapters=adapters
+    )
+    prompts = {None: random_tokens(21), "all": random_tokens(40, seed=1), "some": random_tokens(1, seed=2)}
+    steps = [
+        SequenceStep(index, tuple(tokens), 0, (3 * index, 3 * index + 1, 3 * index + 2), True, None, name)
+        for index, (name, tokens) in enumerate(prompts.items())
+    ]
+    together = run_through(slices, steps)
+    expected = reference.compute(StepInput(step=0, sequences=tuple(steps)), None)
+    without = run_through(slices, [structs.replace(step, adapter=None) for step in steps])
+    for index, step in enumerate(steps):
+        assert torch.equal(run_through(slices, [step])[0], together[index]), "company changes no bit"
+        assert (together[index] - expected[index]).norm() < 0.05 * expected[index].norm()
+        assert step.adapter is None or (without[index] - expected[index]).norm() > 0.3 * expected[index].norm()
+    assert torch.equal(without[0], together[0])
+
+
+@needs_native
+def test_native_kernels_refuse_what_does_not_fit(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "base", "llama", **NATIVE)
+    save_tiny_model(tmp_path / "wider", "llama", **NATIVE | {"intermediate_size": 96})
+    (native,) = load_native(tmp_path / "base", [0, 2])
+    with pytest.raises(ValueError, match="no adapter 'gone' here"):
+        native.compute([SequenceStep(0, (5,), 0, (0,), True, None, "gone")], None, every_row=False)
+    wider = write_adapter(tmp_path / "a", tmp_path / "wider", targets=ALL)
+    with pytest.raises(UnsupportedModelError, match="in the base, but the adapter is for"):
+        load_native(tmp_path / "base", [0, 2], adapters={"tuned": wider})
+    dora = write_adapter(tmp_path / "b", tmp_path / "base", dora=True)
+    with pytest.raises(UnsupportedModelError, match="only LoRA"):
+        load_native(tmp_path / "base", [0, 2], adapters={"tuned": dora})
 
 
 @pytest.mark.parametrize(
