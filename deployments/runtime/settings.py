@@ -1,9 +1,8 @@
 """What a stage's runtime is told: which slice of which checkpoint, in which format, on what."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -40,5 +39,5 @@ class RunnerConfig:
     """``auto`` takes the native kernels where machine and model allow; ``native`` fails where they do not."""
     num_threads: int = 1
     """Threads of the native kernels; torch has its own setting, for the whole process."""
-    adapters: Mapping[str, Path] = MappingProxyType({})
+    adapters: Mapping[str, Path] = field(default_factory=dict)
     """Folders of the adapters that sequences may name."""
