@@ -5,6 +5,7 @@ changed application, which Serve then redeploys.
 """
 
 import hashlib
+import subprocess
 from pathlib import Path
 
 import cluster
@@ -29,6 +30,22 @@ def code_digest(root: Path | None = None) -> str:
             digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
             digest.update(content)
     return digest.hexdigest()
+
+
+def git_commit() -> str | None:
+    """Commit that this process's code is a checkout of, with ``-dirty`` when it was changed since; None elsewhere."""
+    root = str(install_root())
+    if _git(root, "ls-files", "--error-unmatch", "cluster/__init__.py") is None:
+        return None  # installed, perhaps below somebody else's checkout
+    return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", *words], capture_output=True, text=True, check=False)  # noqa: S603, S607
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def check_code_digest(planned: str) -> None:

@@ -98,6 +98,8 @@ class Lineage(ManifestModel):
     config_digest: str | None = None
     data_digest: str | None = None
     code_digest: str | None = None
+    commit: str | None = None
+    """Git commit of the code, where it ran from a repository."""
 
 
 class VersionSpec(ManifestModel):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Mishaps:
     """When the first checkpoint's tensors are written, before it is committed."""
     hang_at: int | None = None
     refuse_at: int | None = None
+    export_fails: bool = False
 
     def once(self, name: str) -> bool:
         """Whether this is the first time."""
@@ -71,6 +73,14 @@ class MishapTask(TinyTask):
         with (mishaps.folder / "seen.jsonl").open("a") as file:
             file.write(json.dumps([step, os.environ.get("WORLD_SIZE", "1"), *micro_batch.sequence_ids]) + "\n")
         return super().loss(model, micro_batch)
+
+    def export(self, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
+        """With a config, as transformers would, unless it goes wrong half-way."""
+        super().export(weights, directory)
+        if self.mishaps.export_fails:
+            raise OSError(28, "No space left on device")
+        config = {"architectures": ["TinyModel"], "model_type": "tiny"}
+        (directory / "config.json").write_text(json.dumps(config))
 
 
 def _die_before_commit(mishaps: Mishaps) -> None:
