@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from cluster.errors import PlanError
+from cluster.registry.adapter import FOLDER
 from train_jobs.tasks.classify import ClassifyTask
 from train_jobs.tasks.combinations import check_task
 from train_jobs.tasks.dpo import PreferenceTask
@@ -36,6 +37,7 @@ def build_task(spec: TaskSpec) -> Task:
     check_task(spec)
     read_config(spec)
     _check_vocabulary(spec)
+    _check_chain(spec)
     match spec.task:
         case "lm" | "sft":
             return LanguageTask(spec)
@@ -61,6 +63,14 @@ def outline_model(spec: TaskSpec) -> ModelOutline:
         vocab_size=text.vocab_size,
         context_tokens=getattr(text, "max_position_embeddings", None),
     )
+
+
+def _check_chain(spec: TaskSpec) -> None:
+    """An adapter names one base, whose weights are all there."""
+    if spec.adapter is None or spec.adapter.publish == "merged" or not isinstance(spec.base, Checkpoint):
+        return
+    if (spec.base.directory / FOLDER).is_dir():
+        raise PlanError(f"adapter.publish: adapter: {spec.base.name} is an adapter itself; set publish: merged")
 
 
 def _check_vocabulary(spec: TaskSpec) -> None:

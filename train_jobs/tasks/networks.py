@@ -24,6 +24,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from cluster.errors import PlanError
+from deployments.runtime.adapter import merge_adapter
+from deployments.runtime.support import UnsupportedModelError
 from train_jobs.tasks.adapter import add_adapter
 from train_jobs.tasks.spec import Architecture, Checkpoint, TaskSpec
 
@@ -168,6 +170,10 @@ def _loaded(spec: TaskSpec, base: Checkpoint, config: PretrainedConfig) -> PreTr
         raise PlanError(f"base {base.name}: {base.directory} lacks {', '.join(sorted([*missing, *mismatched]))}")
     if spec.task == "classify" and not same_labels:
         _renew_head(network)
+    try:
+        merge_adapter(base.directory, network)
+    except UnsupportedModelError as error:
+        raise PlanError(f"base {base.name}: {error}") from error
     whole: PreTrainedModel = network
     return whole
 

@@ -1,6 +1,7 @@
 """Every task learns on a tiny model, and what it exports is what it trained, read by transformers alone."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from cluster.errors import PlanError
 from deployments.runtime.adapter import Adapter
 from tests.support.tiny_task import EVALUATION, tiny_spec
 from tests.support.tiny_tasks import ARCHITECTURE, LABELS, LENGTH, LORA, save_base, task_spec, write_task_data
@@ -65,7 +67,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> TaskSpec:
 
 
 def of(spec: TaskSpec, task: TaskName, **changes: Any) -> TaskSpec:
-    return task_spec(task, spec.base, **changes)
+    """The same base for another task."""
+    assert isinstance(spec.base, Checkpoint)
+    return replace(task_spec(task, spec.base), **changes)
 
 
 def published_loss(directory: Path, data: Any) -> float:
@@ -176,6 +180,24 @@ def test_adapter_is_published_alone_or_merged(kind: Any, llama: TaskSpec, tmp_pa
     served, name = Adapter(adapter), "model.layers.2.mlp.down_proj.weight"
     weight_NK = served.merged(name, AutoModelForCausalLM.from_pretrained(spec.base.directory).get_parameter(name))
     torch.testing.assert_close(weight_NK, whole.get_parameter(name), rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on_from_an_adapter_over_its_base(llama: TaskSpec, tmp_path: Path) -> None:
+    spec = of(llama, "sft", adapter=replace(LORA, publish="adapter"))
+    model = build_task(spec).build_model(tiny_spec())
+    torch.manual_seed(1)
+    weights = {name: torch.randn_like(one) for name, one in model.named_parameters() if one.requires_grad}
+    assert isinstance(spec.base, Checkpoint)
+    base = Checkpoint(directory=tmp_path / "base", name="registry://adapted@v1")
+    shutil.copytree(spec.base.directory, base.directory)  # as a registry lays an adapter's version out
+    build_task(spec).export(weights, base.directory / "adapter")
+    build_task(replace(spec, adapter=LORA)).export(weights, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    begun = build_task(of(llama, "sft", base=base)).build_model(tiny_spec()).network
+    for name, weight in merged.named_parameters():
+        torch.testing.assert_close(begun.get_parameter(name), weight, rtol=1e-4, atol=1e-5)
+    with pytest.raises(PlanError, match=r"registry://adapted@v1 is an adapter itself; set publish: merged"):
+        build_task(replace(spec, base=base))
 
 
 def test_classifier_with_an_adapter_trains_its_head_too(tmp_path: Path) -> None:
