@@ -5,7 +5,7 @@ DoRA: arXiv 2402.09353.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,20 +56,33 @@ def add_adapter(network: PreTrainedModel, spec: AdapterSpec, *, classifies: bool
     return adapted
 
 
-@contextmanager
-def adapters_off(network: nn.Module) -> Iterator[None]:
-    """Within the block the network computes as its base does.
+class BaseSwitch:
+    """Lets a network with an adapter compute as its base does. The modules of the network stay those it has now."""
 
-    peft's own switch also changes what requires a gradient, which a strategy that cut the weights would not expect.
-    """
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
+    def __init__(self, network: nn.Module) -> None:
+        self._modules = list(network.modules())
+        self._layers = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Within the block additions count nothing, and nothing is dropped out.
+
+        peft's own switch also changes what requires a gradient, which a strategy that cut the weights would not
+        expect; ``train()`` walks through all modules, which costs more than a forward pass of a small model.
+        """
+        training = [module for module in self._modules if module.training]
+        _set(training, "training", False)
+        _set(self._layers, "_disable_adapters", True)
+        try:
+            yield
+        finally:
+            _set(self._layers, "_disable_adapters", False)
+            _set(training, "training", True)
+
+
+def _set(modules: Sequence[nn.Module], name: str, value: bool) -> None:
+    for module in modules:
+        vars(module)[name] = value
 
 
 def write_adapter(adapted: PeftModel, base_name: str, directory: Path) -> None:

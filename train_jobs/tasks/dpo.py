@@ -9,8 +9,7 @@ with its adapter off, or a frozen copy of the base.
 Dimensions: B pairs, S positions, P = 2 B answers (the chosen ones first), N targets.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,16 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
 from train_jobs.data.manifest import SIDES
 from train_jobs.data.shards import Shards
 from train_jobs.evaluation.preference import PreferenceSums
-from train_jobs.tasks.adapter import adapters_off
+from train_jobs.tasks.adapter import BaseSwitch
 from train_jobs.tasks.evaluating import device_of, sum_over_workers, to_tensor
 from train_jobs.tasks.export import export_network
-from train_jobs.tasks.language import LanguageModel, check_language_model, target_logits, targets
+from train_jobs.tasks.language import LanguageModel, by_position, check_language_model, score_targets
 from train_jobs.tasks.networks import make_network
 from train_jobs.tasks.packing import longest_tokens
 from train_jobs.tasks.spec import TaskSpec
@@ -45,6 +44,7 @@ class PreferenceModel(nn.Module):
         super().__init__()
         self.network = network
         self.reference = None if reference is None else reference.requires_grad_(False)
+        self._base = BaseSwitch(network)
 
     def train(self, mode: bool = True) -> Self:
         """The reference never drops anything out."""
@@ -66,28 +66,16 @@ class PreferenceModel(nn.Module):
     def _reference(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self.reference is not None:
             return _log_probability(self.reference, *inputs)
-        with adapters_off(self.network), _in_evaluation(self.network):
+        with self._base.on():
             return _log_probability(self.network, *inputs)
-
-
-@contextmanager
-def _in_evaluation(network: nn.Module) -> Iterator[None]:
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
 
 
 def _log_probability(
     network: PreTrainedModel, token_ids_PS: torch.Tensor, segments_PS: torch.Tensor, loss_mask_PS: torch.Tensor
 ) -> torch.Tensor:
     """Summed over the targets of each sequence, float32 [P]."""
-    logits_NV = target_logits(network, token_ids_PS, segments_PS, loss_mask_PS)
-    nats_N = cross_entropy(logits_NV.float(), targets(token_ids_PS, loss_mask_PS), reduction="none")
-    nats_PS = torch.zeros(loss_mask_PS[:, 1:].shape, device=nats_N.device)
-    return -nats_PS.masked_scatter(loss_mask_PS[:, 1:], nats_N).sum(dim=1)
+    nats_N, _ = score_targets(network, token_ids_PS, segments_PS, loss_mask_PS)
+    return -by_position(nats_N, loss_mask_PS).sum(dim=1)
 
 
 class PreferenceTask:

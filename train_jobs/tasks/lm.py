@@ -14,10 +14,9 @@ from torch import nn
 
 from train_jobs.data.shards import Shards
 from train_jobs.evaluation.text import TextSums
-from train_jobs.evaluation.tokens import score_targets
 from train_jobs.tasks.evaluating import device_of, sum_over_workers, to_tensor
 from train_jobs.tasks.export import export_network
-from train_jobs.tasks.language import LanguageModel, check_language_model, language_loss, targets
+from train_jobs.tasks.language import LanguageModel, check_language_model
 from train_jobs.tasks.networks import make_network
 from train_jobs.tasks.spec import TaskSpec
 from train_jobs.tasks.stages import cut_stages
@@ -42,8 +41,8 @@ class LanguageTask:
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> LossParts:
         """See Task."""
-        ids_BS, mask_BS = micro_batch["token_ids_BS"], micro_batch["loss_mask_BS"]
-        return language_loss(model(ids_BS, micro_batch["segments_BS"], mask_BS), targets(ids_BS, mask_BS))
+        nats_N, _ = model(micro_batch["token_ids_BS"], micro_batch["segments_BS"], micro_batch["loss_mask_BS"])
+        return LossParts(sum=nats_N.sum(), count=torch.tensor(float(len(nats_N)), device=nats_N.device))
 
     def evaluate(self, model: nn.Module, data: Shards) -> Mapping[str, Any]:
         """Metrics of ``TextSums``: loss, perplexity, bits_per_byte, token_accuracy."""
@@ -51,10 +50,12 @@ class LanguageTask:
 
         def score(items: NDArray[np.int64]) -> TextSums:
             batch = data.read(items)
-            ids_BS = to_tensor(batch.token_ids_BS, torch.int64, device)
-            mask_BS = to_tensor(batch.loss_mask_BS, torch.bool, device)
-            logits_NV = model(ids_BS, to_tensor(batch.segments_BS, torch.int32, device), mask_BS)
-            return score_targets(logits_NV, targets(ids_BS, mask_BS), num_bytes=int(batch.num_bytes_B.sum()))
+            nats_N, correct_N = model(
+                to_tensor(batch.token_ids_BS, torch.int64, device),
+                to_tensor(batch.segments_BS, torch.int32, device),
+                to_tensor(batch.loss_mask_BS, torch.bool, device),
+            )
+            return TextSums.of(nats_N.cpu().numpy(), correct_N.cpu().numpy(), num_bytes=int(batch.num_bytes_B.sum()))
 
         return sum_over_workers(len(data), self._spec.evaluation_sequences, TextSums(), score).metrics()
 

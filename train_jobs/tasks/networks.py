@@ -43,7 +43,7 @@ class Network:
 def read_config(spec: TaskSpec) -> PretrainedConfig:
     """The network's config, with the data's labels; PlanError when there is none such, or it cannot take the data."""
     base = spec.base
-    config = _architecture(base, spec) if isinstance(base, Architecture) else _stored_config(base)
+    config = _architecture(base, spec) if isinstance(base, Architecture) else stored_config(base)
     text = config.get_text_config()
     if spec.vocab_size > text.vocab_size:
         raise PlanError(
@@ -80,7 +80,7 @@ def outline(spec: TaskSpec) -> Network:
 
 def stored_dtype(base: Checkpoint) -> torch.dtype:
     """What the base's own weights are stored in."""
-    dtype = _stored_config(base).dtype
+    dtype = stored_config(base).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -95,7 +95,8 @@ def _adapted(spec: TaskSpec, module: PreTrainedModel) -> Network:
     return Network(module=module, adapted=add_adapter(module, spec.adapter, classifies=spec.task == "classify"))
 
 
-def _stored_config(base: Checkpoint) -> PretrainedConfig:
+def stored_config(base: Checkpoint) -> PretrainedConfig:
+    """The config in a base's directory; PlanError when transformers cannot read it, or its weights are quantized."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(base.directory, local_files_only=True)
     except (OSError, ValueError) as error:

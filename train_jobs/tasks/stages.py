@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from cluster.errors import PlanError
 from deployments.runtime.cutting import PassThrough, check_passes_hidden_through, plan_parts
 from deployments.runtime.support import UnsupportedModelError
-from train_jobs.tasks.language import LanguageModel, head_logits, targets
+from train_jobs.tasks.language import LanguageModel, by_position, score_hidden
 from train_jobs.tasks.packing import packed_positions
 
 
@@ -41,11 +40,8 @@ class LanguageStage(nn.Module):
         hidden_BSD: torch.Tensor = output.last_hidden_state
         if not self._is_last:
             return hidden_BSD
-        logits_NV = head_logits(self.network, hidden_BSD[:, :-1][loss_mask_BS[:, 1:]])
-        nats_N = cross_entropy(logits_NV.float(), targets(target_ids_BS, loss_mask_BS), reduction="none")
-        nats_BS = torch.zeros(loss_mask_BS.shape, device=nats_N.device)
-        nats_BS[:, 1:] = nats_BS[:, 1:].masked_scatter(loss_mask_BS[:, 1:], nats_N)
-        return nats_BS
+        nats_N, _ = score_hidden(self.network, hidden_BSD, target_ids_BS, loss_mask_BS)
+        return by_position(nats_N, loss_mask_BS)
 
 
 def cut_stages(model: LanguageModel, num_stages: int) -> list[LanguageStage]:

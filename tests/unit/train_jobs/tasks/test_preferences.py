@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.tiny_task import tiny_spec
 from tests.support.tiny_tasks import LORA, save_base, task_spec, write_task_data
+from train_jobs.tasks.adapter import BaseSwitch
 from train_jobs.tasks.build import build_task
 from train_jobs.trainer.task import MicroBatch
 
@@ -55,3 +56,24 @@ def test_loss_is_the_closed_form(adapter: Any, tmp_path: Path) -> None:
     parts.sum.backward()
     learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learning == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_base_switch_leaves_additions_and_dropout_out_and_comes_back(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    model = build_task(task_spec("sft", base, adapter=replace(LORA, dropout=0.5))).build_model(tiny_spec()).train()
+    network = model.network
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    plain = AutoModelForCausalLM.from_pretrained(base.directory)
+    ids_BS = torch.arange(3, 13)[None]
+    switch, trained = BaseSwitch(network), [one.requires_grad for one in network.parameters()]
+    with torch.no_grad():
+        with switch.on():
+            torch.testing.assert_close(network(input_ids=ids_BS).logits, plain(input_ids=ids_BS).logits)
+        assert not torch.allclose(network(input_ids=ids_BS).logits, plain(input_ids=ids_BS).logits)
+        assert not torch.equal(network(input_ids=ids_BS).logits, network(input_ids=ids_BS).logits)
+    assert all(module.training for module in network.modules())
+    assert [one.requires_grad for one in network.parameters()] == trained
