@@ -16,6 +16,7 @@ from train_jobs.data.prepare import find_current, prepared_directory
 from train_jobs.data.spec import PrepareSpec
 from train_jobs.data.tokenizer import find_tokenizer
 from train_jobs.job import UNKNOWN_DIGEST, JobSpec, read_job, read_prepare, run_directory
+from train_jobs.run_spec import TRAIN_SLOT
 from train_jobs.sizes import ModelSizes, WorkerMemory, worker_memory
 from train_jobs.tasks.build import ModelOutline, outline_model
 from train_jobs.tasks.combinations import check_combination
@@ -79,6 +80,7 @@ def resolve(config: ClusterConfig, plan: JobPlan, data: Data, progress: Progress
     digest = UNKNOWN_DIGEST if data.manifest is None else data.manifest.digest
     job = read_job(plan, digest)
     check_combination(job.task, job.training.strategy.kind, job.adapter)
+    _check_slots(config, job)
     registry = Registry(config.storage_root)
     base = find_base(job, config.models, registry, progress)
     task = _task_spec(job, data, base, registry, progress)
@@ -167,6 +169,16 @@ def _check_splits(job: JobSpec, manifest: Manifest) -> None:
         raise PlanError(
             f"jobs.{job.name}.data: {found} of the labels {', '.join(manifest.labels or ())} is in the training part "
             f"of {manifest.name}; a classifier needs two or more"
+        )
+
+
+def _check_slots(config: ClusterConfig, job: JobSpec) -> None:
+    """Training workers go where nodes grant places for them, so that they never count on what Serve holds."""
+    places = sum(int(group.resources.custom.get(TRAIN_SLOT, 0)) * group.max for group in config.cluster.nodes)
+    if places < job.workers.min:
+        raise PlanError(
+            f"jobs.{job.name}.workers: {job.workers.min} workers, and the nodes have places for {places}; write "
+            f"`{TRAIN_SLOT}: {job.workers.max}` under resources of the nodes that should train"
         )
 
 

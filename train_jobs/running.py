@@ -16,6 +16,8 @@ from train_jobs.job import read_prepare
 from train_jobs.preparing import run_prepare
 from train_jobs.resolving import look_at_data, resolve
 from train_jobs.tables import data_view, prepare_view, train_values, train_view
+from train_jobs.training import run_train
+from train_jobs.training_tables import trained_values, trained_view
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,9 @@ def run(config: ClusterConfig, name: str, report: Report) -> Shown:
     match plan.kind:
         case "prepare":
             return _prepared(config, plan, run_prepare(plan, config.storage_root, report.progress))
+        case "train":
+            trained = run_train(config, plan, report)
+            return Shown(view=trained_view(trained), values=trained_values(trained))
         case _:
             raise PlanError(f"jobs.{name}: kind {plan.kind} cannot be run yet")
 

@@ -28,7 +28,7 @@ class Site:
         (folder / "text").mkdir()
         (folder / "text" / "all.txt").write_text("\n\n".join(f"A day, number {number}." for number in range(400)))
 
-    def write(self, *, memory: str = "8GiB", data: Values | None = None, **job: object) -> None:
+    def write(self, *, memory: str = "8GiB", slots: int = 2, data: Values | None = None, **job: object) -> None:
         task = str(job.get("task", "lm"))
         rows = {"source": f"path://{self.folder}/rows", "format": "folders"}
         text = {"source": f"path://{self.folder}/text", "format": "lines"}
@@ -54,7 +54,7 @@ class Site:
         content = {
             "name": "weather",
             "storage": f"{self.folder}/storage",
-            "cluster": {"nodes": [{"name": "box", "resources": {"CPU": 2, "memory": memory}}]},
+            "cluster": {"nodes": [{"name": "box", "resources": {"CPU": 2, "memory": memory, "train_slot": slots}}]},
             "jobs": [prepare | (data or {}), train | job],
         }
         self.path.write_text(yaml_module.safe_dump(content))
@@ -184,6 +184,12 @@ def test_a_schedule_longer_than_the_run(site: Site, capsys: pytest.CaptureFixtur
     site.prepare()
     capsys.readouterr()
     assert "100000 warm-up and 0 decay steps; limit:" in site.refusal(capsys)
+
+
+def test_no_place_for_a_worker(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.write(slots=1, workers=2)
+    said = site.refusal(capsys)
+    assert "jobs.forecast.workers: 2 workers, and the nodes have places for 1; write `train_slot: 2` under" in said
 
 
 def test_weights_that_fit_no_node(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
