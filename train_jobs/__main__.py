@@ -16,7 +16,7 @@ from cluster.config.load import load_config
 from cluster.control.code import check_code_digest
 from cluster.control.report import report_to
 from cluster.errors import MantaError
-from train_jobs.running import dry_run, run
+from train_jobs.running import do
 
 _COLUMNS = 80
 _INTERRUPTED = 130
@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     report = report_to()
     try:
-        shown = (dry_run if args.dry_run else run)(config, args.job, report)
+        shown = do(config, args.job, report, what="look" if args.dry_run else "run")
     finally:
         report.close()
     if args.json:

@@ -1,15 +1,42 @@
 """A prepare job of the plan in, its prepared data out: in this process, or by actors of the Ray cluster around it."""
 
+import logging
+
+import msgspec
 import ray
 
+from cluster.config.schema import ClusterConfig
+from cluster.control.report import Report
 from cluster.errors import ControlError
 from cluster.plan.jobs import JobPlan
 from cluster.registry.progress import Progress, no_progress
 from train_jobs.data.executors import Executor, InlineExecutor
 from train_jobs.data.manifest import Manifest
-from train_jobs.data.prepare import prepare
+from train_jobs.data.prepare import find_current, prepare, prepared_directory
 from train_jobs.data.ray_executor import RayDataExecutor
+from train_jobs.data_tables import data_view, prepare_view
 from train_jobs.job import read_prepare
+from train_jobs.shown import Shown
+
+
+def run(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
+    """Prepare the data, unless they are there."""
+    return _shown(config, plan, run_prepare(plan, config.storage_root, report.progress))
+
+
+def look(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
+    """What is there, or what would be prepared; sources are downloaded to know."""
+    spec = read_prepare(plan)
+    manifest = find_current(spec, config.storage_root, report.progress)
+    if manifest is not None:
+        return _shown(config, plan, manifest)
+    return Shown(view=prepare_view(plan, spec), values={"job": plan.name, "manifest": None, "spec": plan.spec})
+
+
+def _shown(config: ClusterConfig, plan: JobPlan, manifest: Manifest) -> Shown:
+    directory = prepared_directory(config.storage_root, plan.name, manifest.digest)
+    values = {"job": plan.name, "directory": str(directory), "manifest": msgspec.to_builtins(manifest)}
+    return Shown(view=data_view(manifest), values=values)
 
 
 def run_prepare(plan: JobPlan, storage: str, progress: Progress = no_progress) -> Manifest:
@@ -29,7 +56,7 @@ def connect(what_for: str) -> None:
     if ray.is_initialized():
         return
     try:
-        ray.init(address="auto", log_to_driver=False)
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise ControlError(
             f"{what_for}: this process is on no Ray cluster; start one with `manta up`, and submit the job with "

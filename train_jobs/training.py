@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -19,40 +18,36 @@ from train_jobs.job import read_prepare, run_digest
 from train_jobs.job_materials import OPEN, PreparedData
 from train_jobs.launch import launch
 from train_jobs.preparing import connect, run_prepare
-from train_jobs.publish import Published, PublishPlan, publish_run
-from train_jobs.resolving import Resolved, data_of, resolve
+from train_jobs.publish import PublishPlan, publish_run
+from train_jobs.resolving import Resolved, data_of, look_at_data, resolve
 from train_jobs.run_spec import RunSpec, WorkerNeeds
-from train_jobs.trainer.hooks import TrainResult
+from train_jobs.shown import Shown
+from train_jobs.training_tables import train_values, train_view, trained_values, trained_view
 
 _LINE_EVERY_S = 5.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """What became of a train job."""
-
-    resolved: Resolved
-    result: TrainResult
-    state: RunState
-    published: Published | None
-    """None when the job publishes nothing, or was stopped before its end."""
-
-
-def run_train(config: ClusterConfig, plan: JobPlan, report: Report) -> Trained:
-    """Train to the end, from wherever an earlier submission got to; MantaError says what is in the way."""
+def run(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
+    """Train to the end, from wherever an earlier submission got to, and publish; MantaError says what hinders."""
     connect(f"jobs.{plan.name}")
     resolved = resolve_with_data(config, plan, report)
     for note in resolved.notes:
         report.say(f"Note: {note}.")
     report.say(f"Run {resolved.run_dir}.")
     spec, publication = run_spec(config, resolved), publish_plan(config, resolved)
-    outcome = launch(spec, ProgressLines(report.say).tell)
-    published = None
-    if publication is not None and outcome.result.outcome == "finished":
+    result = launch(spec, ProgressLines(report.say).tell).result
+    metrics = result.metrics
+    if publication is not None and result.outcome == "finished":
         report.say(f"Evaluating and publishing {publication.model}.")
-        published = publish_run(spec, publication, outcome.result)
-    state = read_state(spec.run_dir)
-    return Trained(resolved=resolved, result=outcome.result, state=state, published=published)
+        metrics = publish_run(spec, publication, result).metrics
+    told = (resolved, result, read_state(spec.run_dir), metrics)
+    return Shown(view=trained_view(*told), values=trained_values(*told))
+
+
+def look(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
+    """What would run, and how large it is; sources and a base from outside the registry are downloaded to know."""
+    resolved = resolve(config, plan, look_at_data(config, plan, report.progress), report.progress)
+    return Shown(view=train_view(resolved), values=train_values(resolved))
 
 
 def publish_plan(config: ClusterConfig, resolved: Resolved) -> PublishPlan | None:
@@ -132,6 +127,8 @@ class ProgressLines:
             why = f", {attempt.reason}" if attempt.reason else ""
             self._once(f"attempt {number} {attempt.end}{why}" if attempt.end else None)
         over = state.status != "running"
+        if state.num_steps is None and not over:
+            return
         if state.step == self._told_step or (not over and self._clock() - self._told_at < _LINE_EVERY_S):
             return
         self._told_at, self._told_step = self._clock(), state.step
