@@ -15,7 +15,7 @@ from cluster.control.observe import observe
 from cluster.control.provider import Ray, ray_of
 from cluster.control.report import Report
 from cluster.control.state import exclusive, state_directory
-from cluster.control.versions import finish_imports, import_missing, known_versions
+from cluster.control.versions import finish_imports, import_missing, known_versions, without_awaited
 from cluster.control.wait import await_apps, await_gone
 from cluster.errors import ControlError
 from cluster.plan.build import build_plan
@@ -51,7 +51,10 @@ class Applied:
 
 def plan_actions(config: ClusterConfig) -> tuple[Plan, tuple[Action, ...]]:
     """The plan and what ``up`` would do now; changes nothing."""
-    plan = build_plan(config, known_versions(config, Registry(config.storage_root)), code_digest())
+    registry = Registry(config.storage_root)
+    config, awaited = without_awaited(config, registry)
+    plan = build_plan(config, known_versions(config, registry), code_digest())
+    plan = plan.model_copy(update={"notes": (*awaited, *plan.notes)})
     return plan, diff(plan, observe(ray_of(config).dashboard()))
 
 
@@ -62,6 +65,7 @@ def up(config: ClusterConfig, report: Report, *, timeout_s: float) -> Applied:
     """
     with exclusive(state_directory(config)):
         registry, digest = Registry(config.storage_root), code_digest()
+        config, awaited = without_awaited(config, registry)
         known = known_versions(config, registry)
         finish_imports(config, registry, known)
         plan = build_plan(config, known, digest)
@@ -72,7 +76,7 @@ def up(config: ClusterConfig, report: Report, *, timeout_s: float) -> Applied:
             for action in done:
                 report.say(action.sentence)
             plan = build_plan(config, import_missing(config, registry, known, report.progress, digest), digest)
-        for note in plan.notes:
+        for note in (*awaited, *plan.notes):
             report.say(f"Note: {note}.")
         applied = apply_plan(plan, ray, report, timeout_s=timeout_s)
         dashboard = ray.dashboard()

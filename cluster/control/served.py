@@ -12,6 +12,7 @@ from cluster.config.sources import RegistrySource
 from cluster.control.dashboard import Dashboard
 from cluster.control.provider import ray_of
 from cluster.control.state import clusters_directory, read_state
+from cluster.control.versions import without_awaited
 from cluster.plan.serve_app import is_own
 from cluster.registry.store import Registry
 
@@ -20,6 +21,7 @@ def served_by_config(config: ClusterConfig, registry: Registry) -> set[str]:
     """What the cluster of ``config`` serves now, and what its ``registry://`` sources name."""
     dashboard = ray_of(config).dashboard()
     references = set() if dashboard is None else references_of(dashboard.serve_details())
+    config, _ = without_awaited(config, registry)
     sources = [model.source for model in config.models]
     sources += [adapter.source for model in config.models for adapter in model.adapters]
     for source in sources:

@@ -3,15 +3,41 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.config.jobs_train import TrainJob
 from cluster.config.models import ModelConfig
 from cluster.config.schema import ClusterConfig
 from cluster.config.sources import AnySource, PathSource, RegistrySource
+from cluster.errors import RegistryError
 from cluster.plan.types import KnownVersion
 from cluster.registry.facts import read_adapter_facts, read_facts
 from cluster.registry.manifest import ModelVersion
 from cluster.registry.progress import Progress
 from cluster.registry.sources.importer import LATEST, find_imported, import_source, path_sha256
 from cluster.registry.store import Registry
+
+
+def without_awaited(config: ClusterConfig, registry: Registry) -> tuple[ClusterConfig, tuple[str, ...]]:
+    """The config without the models and adapters that a job of it has still to make, and a sentence for each."""
+    makers = {job.publish.model: job.name for job in config.jobs if isinstance(job, TrainJob) and job.publish}
+    notes: list[str] = []
+
+    def is_there(name: str, source: object) -> bool:
+        if not isinstance(source, RegistrySource) or source.model not in makers:
+            return True
+        try:
+            registry.resolve(f"{source.model}@{source.reference}")
+        except RegistryError:
+            job = makers[source.model]
+            notes.append(f"{name} is left out: {source} is not there yet; job {job} makes it (`manta train`)")
+            return False
+        return True
+
+    models = []
+    for model in config.models:
+        if is_there(model.name, model.source):
+            kept = tuple(each for each in model.adapters if is_there(each.name, each.source))
+            models.append(model.model_copy(update={"adapters": kept}))
+    return config.model_copy(update={"models": tuple(models)}), tuple(notes)
 
 
 def known_versions(config: ClusterConfig, registry: Registry) -> dict[str, KnownVersion]:

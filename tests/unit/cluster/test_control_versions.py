@@ -2,8 +2,9 @@
 
 import pytest
 
+from cluster.config.load import load_text
 from cluster.config.schema import ClusterConfig
-from cluster.control.versions import finish_imports, known_versions
+from cluster.control.versions import finish_imports, known_versions, without_awaited
 from cluster.registry.manifest import VersionSpec
 from cluster.registry.store import Registry
 from tests.support.tiny_checkpoint import write_checkpoint
@@ -43,3 +44,40 @@ def test_an_alias_that_a_person_moved_away_stays(imported, tmp_path):
     registry.set_alias("smollm2", "latest", other.version, reason="better")
     finish_imports(wanted, registry, known)
     assert registry.resolve("smollm2") == other
+
+
+AWAITING = """\
+name: awaiting
+cluster: {nodes: [{name: box, resources: {CPU: 2}}]}
+models:
+  - {name: smollm2, source: "hf://org/repo"}
+  - {name: orator, source: "registry://orator@latest"}
+  - {name: mistaken, source: "registry://oratr@latest"}
+jobs:
+  - {name: text, kind: prepare, task: lm, inputs: [{source: "path:///t", format: text}], tokenizer: "hf://o/r",
+     sequence_tokens: 64}
+  - name: speeches
+    kind: train
+    task: lm
+    base: {source: "hf://org/repo"}
+    data: text
+    batch: {sequences: 8, micro_sequences: 4}
+    duration: {epochs: 1}
+    optimizer: {kind: sgd, lr: 1}
+    publish: {model: orator}
+"""
+
+
+def test_what_a_job_has_still_to_make_is_left_out_until_it_is_there(imported, tmp_path):
+    _, registry = imported
+    config = load_text(AWAITING, "f")
+    served, notes = without_awaited(config, registry)
+    assert [model.name for model in served.models] == ["smollm2", "mistaken"]
+    [note] = notes
+    assert (
+        note == "orator is left out: registry://orator@latest is not there yet; job speeches makes it (`manta train`)"
+    )
+    spec = VersionSpec(task="generate", dtype="bfloat16", architecture="LlamaForCausalLM", model_type="llama")
+    version = registry.publish("orator", write_checkpoint(tmp_path / "orator"), spec)
+    registry.set_alias("orator", "latest", version.version, reason="job speeches")
+    assert without_awaited(config, registry) == (config, ())
