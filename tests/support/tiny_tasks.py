@@ -14,6 +14,7 @@ from tests.support.corpora import save_tokenizer
 from tests.support.prepared_data import Documents, write_data
 from tests.support.tiny_models import save_tiny_model
 from train_jobs.data.shards import Shards
+from train_jobs.tasks import language
 from train_jobs.tasks.build import build_task
 from train_jobs.tasks.spec import AdapterSpec, Checkpoint, TaskName, TaskSpec
 
@@ -70,8 +71,12 @@ def task_spec(task: TaskName, base: Checkpoint, **changes: Any) -> TaskSpec:
     return replace(plain, **changes)
 
 
-def open_task(spec: TaskSpec, data: Path) -> tuple[Any, Any, Any]:
-    """The task, and what the trainer takes to train and to evaluate it on."""
+def open_task(spec: TaskSpec, data: Path, rows_at_once: int = 4096) -> tuple[Any, Any, Any]:
+    """The task, and what the trainer takes to train and to evaluate it on.
+
+    This process scores ``rows_at_once`` targets at a time from now on.
+    """
+    language.ROWS_AT_ONCE = rows_at_once
     opened = open_task_data(data, spec.task)
     return build_task(spec), opened["train"], opened["eval"]
 

@@ -75,7 +75,8 @@ def cases(folder: Path, pairs: list[tuple[str, StrategySpec]]) -> list[Case]:
             checkpoint=CheckpointSpec(every_steps=1000, keep_last=1, keep_best=0),
             evaluation=EvaluationSpec(every_steps=None, metric="loss", mode="min"),
         )
-        setup = functools.partial(open_task, task_spec(task, bases[task], adapter=adapter), folder / f"data-{task}")
+        spec, data = task_spec(task, bases[task], adapter=adapter), folder / f"data-{task}"
+        setup = functools.partial(open_task, spec, data, rows_at_once=4096 if strategy.kind == "single" else 4)
         found.append(Case(spec=train, run_dir=folder / f"{name}-{strategy.kind}-{len(found)}", setup=setup))
     return found
 

@@ -57,7 +57,7 @@ def score_hidden(
         return _score(network, hidden_ND, ids_N)
     parts = [
         checkpoint(_score, network, hidden, ids, use_reentrant=False, preserve_rng_state=False)
-        for hidden, ids in zip(hidden_ND.split(ROWS_AT_ONCE), ids_N.split(ROWS_AT_ONCE), strict=True)
+        for hidden, ids in zip(torch.split(hidden_ND, ROWS_AT_ONCE), torch.split(ids_N, ROWS_AT_ONCE), strict=True)
     ]
     nats, correct = zip(*parts, strict=True)
     return torch.cat(nats), torch.cat(correct)
