@@ -7,8 +7,9 @@ from cluster.plan.types import Dtype, Kernels, ModelFacts, Quantization
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZED_BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
 _HEAD_BITS = 8
-_GROUP_SIZE = 64
-"""4-bit weights that share one scale, of two bytes; 8-bit ones share one of four by the row."""
+_GROUP_SIZE = 32
+"""4-bit weights that share one grid, of four bytes; 8-bit ones share one of four by the row."""
+_GRID_BYTES = 4
 _FLOAT32_BYTES = 4
 _KEY_LANE = 32
 _BF16_INPUT = 2
@@ -70,9 +71,9 @@ def weight_bytes(
 
 
 def _quantized_bytes(num_params: int, bits: int, row: int) -> int:
-    """Packed integers and their scales, in rows of ``row``: longer ones have fewer scales."""
-    group, scale_bytes = (row, 4) if bits == 8 else (_GROUP_SIZE, 2)
-    return num_params * bits // 8 + -(-num_params // group) * scale_bytes
+    """Packed integers and their grids, in rows of ``row``: longer ones have fewer."""
+    group = row if bits == 8 else _GROUP_SIZE
+    return num_params * bits // 8 + -(-num_params // group) * _GRID_BYTES
 
 
 def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype, kernels: Kernels = "torch") -> int:

@@ -10,10 +10,16 @@
 
 namespace manta {
 
+constexpr int kFewRows = 2;  // with more, tile registers are faster also for four-bit weights
+
 class Activation {
  public:
   Activation(int width, bool integer)
-      : integer(integer), width(width), num_steps(divide_up(width, integer ? 64 : 32)), keeps_floats_(integer) {}
+      : integer(integer), width(width), num_steps(divide_up(width, integer ? 64 : 32)), keeps_floats_(integer) {
+    if (!integer) return;
+    shifted_.resize(kFewRows * 2 * shifted_bytes());
+    memset(shifted_.data(), 128, shifted_.size());
+  }
 
   // From now on, values() has the rows as they were before they are rounded.
   void keep_floats() { keeps_floats_ = true; }
@@ -31,6 +37,10 @@ class Activation {
   // Tiles of 16 rows: bfloat16, or the high digits followed by the low ones.
   const char* block(int index) const { return tiles_.data() + index * block_bytes(); }
   const char* low_digits(int index) const { return block(index) + num_steps * kTileBytes; }
+  // A digit, 0 the high one, of one of the first kFewRows rows: each plus 128, inputs in order, digits of 0 at the end.
+  uint8_t* shifted_digits(int row, int digit) const {
+    return reinterpret_cast<uint8_t*>(shifted_.data()) + (row * 2 + digit) * shifted_bytes();
+  }
   float scale(int row) const { return reinterpret_cast<const float*>(scales_.data())[row]; }
 
   // Sixteen values of a row from `column` (a multiple of 16).
@@ -56,9 +66,8 @@ class Activation {
       const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(source + k), inverse));
       const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(64)), 7);
       const __m512i low = _mm512_sub_epi32(value, _mm512_slli_epi32(high, 7));
-      char* at = tile_row(row, k / 64) + k % 64;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(high));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(at + num_steps * kTileBytes), _mm512_cvtepi32_epi8(low));
+      store_digit(row, 0, k, _mm512_cvtepi32_epi8(high));
+      store_digit(row, 1, k, _mm512_cvtepi32_epi8(low));
     }
   }
 
@@ -70,13 +79,21 @@ class Activation {
   static constexpr float kLargest = 127 * 128;
 
   size_t block_bytes() const { return static_cast<size_t>(num_steps) * kTileBytes * (integer ? 2 : 1); }
+  size_t shifted_bytes() const { return static_cast<size_t>(num_steps) * 64; }
+  void store_digit(int row, int digit, int column, __m128i values) {
+    char* at = tile_row(row, column / 64) + digit * num_steps * kTileBytes + column % 64;
+    _mm_store_si128(reinterpret_cast<__m128i*>(at), values);
+    if (row >= kFewRows) return;
+    const __m128i shifted = _mm_xor_si128(values, _mm_set1_epi8(-128));
+    _mm_store_si128(reinterpret_cast<__m128i*>(shifted_digits(row, digit) + column), shifted);
+  }
   char* tile_row(int row, int step) {
     return tiles_.data() + row / kLane * block_bytes() + step * kTileBytes + row % kLane * 64;
   }
   float* staging(int row) { return reinterpret_cast<float*>(staging_.data()) + static_cast<size_t>(row) * width; }
 
   bool keeps_floats_;
-  Buffer tiles_, scales_, staging_;
+  Buffer tiles_, scales_, staging_, shifted_;
 };
 
 }  // namespace manta

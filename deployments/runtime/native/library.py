@@ -75,7 +75,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "manta_last_error": (ctypes.c_char_p, ()),
     "manta_create": (_INT, (ctypes.POINTER(SliceShape), ctypes.POINTER(_POINTER))),
     "manta_destroy": (None, (_POINTER,)),
-    "manta_load_matrix": (_INT, (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT, _INT)),
+    "manta_load_matrix": (_INT, (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT)),
     "manta_load_bias": (_INT, (_POINTER, _INT, _INT, _POINTER, _INT)),
     "manta_set_num_adapters": (_INT, (_POINTER, _INT)),
     "manta_load_adapter": (

@@ -4,18 +4,12 @@
 #pragma once
 #include <algorithm>
 
-#include "activation.h"
-#include "int4.h"
+#include "few_rows.h"
 #include "team.h"
 
 namespace manta {
 
 constexpr int kBlockRows = 32;
-constexpr int kPrefetchBytes = 4096;
-
-inline void prefetch_lines(const char* from, int size) {
-  for (int line = 0; line < size; line += 64) _mm_prefetch(from + line, _MM_HINT_T0);
-}
 
 // Registers for products of up to `num_rows` rows: 0-3 results, 4 and 5 left, 6 and 7 right sides.
 inline void configure_product(int num_rows) {
@@ -78,11 +72,13 @@ inline void multiply_panel(const char* left0, const char* left1, const char* pan
 
 // Both tiles of one step of a panel; what lies ahead in memory is asked for.
 inline void unpack_step(const Matrix& matrix, int panel, int step, char* out) {
-  const char* nibbles = matrix.panel(panel) + static_cast<size_t>(step) * kTileBytes;
   char* tiles = out + static_cast<size_t>(step) * 2 * kTileBytes;
-  prefetch_lines(nibbles + kPrefetchBytes, kTileBytes);
-  unpack_tile(nibbles, matrix.ratios(panel, step, 0), tiles);
-  unpack_tile(nibbles + kTileBytes / 2, matrix.ratios(panel, step, 1), tiles + kTileBytes);
+  for (int half = 0; half < 2; ++half) {
+    const char* groups = matrix.group(panel, half, 2 * step);
+    prefetch_lines(groups + kPrefetchBytes, 2 * kGroupBytes);
+    unpack_to_tile(groups, tiles + half * kTileBytes);
+    unpack_to_tile(groups + kGroupBytes, tiles + half * kTileBytes + kTileBytes / 2);
+  }
   finish_stores();
 }
 
@@ -159,12 +155,25 @@ void multiply_block(const Matrix& matrix, const Activation& input, int first, in
   return multiply_rows<false>(matrix, input, first, stop, panel, tiles, prefetch, emit);
 }
 
+template <class Emit>
+void multiply_few_rows(const Matrix& matrix, const Activation& input, int num_rows, int panel, const Emit& emit) {
+  alignas(64) float result[2][kLane][kPanelColumns];
+  multiply_few(matrix, input, num_rows, panel, result);
+  for (int row = 0; row < num_rows; ++row) {
+    const PanelRow made = finish_row<true>(matrix, input, row, panel, result, row);
+    emit(row, panel, made.left, made.right);
+  }
+}
+
 // The product of `num_rows` sealed rows with a whole matrix, shared by the members; see multiply_rows for `emit`.
 // `scratch` is the member's own, for the unpacked panels of a chunk. With many rows, a chunk's panels stay in the
 // second-level cache while the rows pass by, 32 at a time.
 template <class Emit>
 void multiply(Member& member, const Matrix& matrix, const Activation& input, int num_rows, char* scratch,
               const Emit& emit) {
+  if (matrix.format == Format::kInt4 && num_rows <= kFewRows)
+    return member.share(matrix.num_panels,
+                        [&](int panel) { multiply_few_rows(matrix, input, num_rows, panel, emit); });
   const size_t unpacked = matrix.unpacked_panel_bytes();
   const int chunk_panels = num_rows > kBlockRows ? matrix.panels_per_chunk(member.num_members) : 1;
   member.share(divide_up(matrix.num_panels, chunk_panels), [&](int chunk) {

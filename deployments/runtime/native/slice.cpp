@@ -336,10 +336,10 @@ int manta_create(const manta::SliceShape* shape, Slice** slice) {
 
 void manta_destroy(Slice* slice) { delete slice; }
 
-int manta_load_matrix(Slice* slice, int layer, int part, const void* data, const float* scales, int rows,
-                      int columns) {
+int manta_load_matrix(Slice* slice, int layer, int part, const void* data, const float* scales, const float* minima,
+                      int rows, int columns) {
   const auto which = static_cast<manta::Part>(part);
-  return guarded([&] { slice->weights.load_matrix(layer, which, data, scales, rows, columns); });
+  return guarded([&] { slice->weights.load_matrix(layer, which, data, scales, minima, rows, columns); });
 }
 
 int manta_load_bias(Slice* slice, int layer, int part, const float* data, int rows) {

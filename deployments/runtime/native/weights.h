@@ -85,10 +85,11 @@ class Weights {
   }
 
   // Loading: each tensor once, in any order.
-  void load_matrix(int layer, Part part, const void* data, const float* scales, int num_rows, int num_columns) {
+  void load_matrix(int layer, Part part, const void* data, const float* scales, const float* minima, int num_rows,
+                   int num_columns) {
     const auto [matrix, place] = find(layer, part);
     if (num_columns != matrix->width) throw std::invalid_argument("a matrix of another width than the configuration's");
-    pack(*matrix, place, data, scales, num_rows);
+    pack(*matrix, place, data, scales, minima, num_rows);
   }
 
   void load_bias(int layer, Part part, const float* data, int num_rows) {

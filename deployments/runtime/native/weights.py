@@ -196,11 +196,12 @@ def _load_matrix(
     num_rows, num_columns = weight_NK.shape
     bits = quantized_bits(name, weight_NK.shape, quantization)
     if bits is None:
-        data, scales = weight_NK.to(torch.bfloat16).contiguous(), None
+        data, scales, minima = weight_NK.to(torch.bfloat16).contiguous(), None, None
     else:
         quantized = quantize(weight_NK, bits=bits)
-        data, scales = quantized.q_NK, quantized.scales_NG
+        data, scales, minima = quantized.q_NK, quantized.scales_NG, quantized.minima_NG
     handle.call(
-        "load_matrix", layer, part, data.data_ptr(), scales.data_ptr() if scales is not None else None,
+        "load_matrix", layer, part, data.data_ptr(),
+        scales.data_ptr() if scales is not None else None, minima.data_ptr() if minima is not None else None,
         num_rows, num_columns,
     )  # fmt: skip

@@ -34,7 +34,7 @@ def test_untied_stages_add_up_to_the_whole_model(cuts):
     assert parts == weight_bytes(untied, start=0, stop=30, dtype="float16")
 
 
-@pytest.mark.parametrize(("quantization", "bytes_of_row"), [("int8", 576 + 4), ("int4", 576 // 2 + 576 // 64 * 2)])
+@pytest.mark.parametrize(("quantization", "bytes_of_row"), [("int8", 576 + 4), ("int4", 576 // 2 + 576 // 32 * 4)])
 def test_quantized_layers_are_integers_and_scales_beside_the_embedding_and_a_head_in_8_bits(
     quantization, bytes_of_row
 ):
