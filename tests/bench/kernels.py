@@ -8,6 +8,7 @@ work on the machine only adds.
 
 import argparse
 import ctypes
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -80,9 +81,17 @@ def measure(
     loaded = load_slice(config)
     steps = [decoding(batch) for batch in BATCHES]
     times_s = [least_s(lambda step=step: compute(loaded, step), repeats) for step in (*steps, prompt())]
-    read = f"{loaded.weight_bytes / times_s[0] / 1e9 / read_gb_s:.0%}"
+    read = f"{read_bytes(loaded, directory) / times_s[0] / 1e9 / read_gb_s:.0%}"
     times = [f"{seconds * 1e3:.1f}" for seconds in times_s]
     return [loaded.kernels, str(num_threads), f"{loaded.weight_bytes / 1e6:.0f} MB", *times, read]
+
+
+def read_bytes(loaded: LoadedSlice, directory: Path) -> int:
+    """Weights that a step goes through: of an embedding beside the output head it reads a row only."""
+    config = json.loads((directory / "config.json").read_text())
+    embedding = config["vocab_size"] * config["hidden_size"] * torch.bfloat16.itemsize
+    separate = loaded.kernels in ("amx-int8", "amx-int4") or not config["tie_word_embeddings"]
+    return loaded.weight_bytes - (embedding if separate else 0)
 
 
 @torch.inference_mode()
