@@ -23,6 +23,8 @@ def reason_against_native() -> str | None:
     try:
         load_library()
     except NotNativeError as error:
+        if "cannot compile the kernels" in str(error):
+            raise  # the kernels' fault, not the machine's
         return str(error)
     return None
 

@@ -2,6 +2,8 @@
 #pragma once
 #include <math.h>
 
+#include <algorithm>
+
 #include "int4.h"
 
 namespace manta {
