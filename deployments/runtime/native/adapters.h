@@ -1,9 +1,10 @@
 // Low-rank adapters beside a slice's matrices: what each adds to the products of its own rows, in float32.
 //
 // For a matrix W [N, K] an adapter has two thin ones, A [rank, K] and B [N, rank]; its rows get scale * B (A x) more. A
-// row's addition depends on that row and its adapter alone.
+// row's addition depends on that row and its adapter alone. A x comes in a phase of its own; B is applied where a
+// panel of the product is finished, while 32 of its columns stay in the first-level cache.
 #pragma once
-#include <stdexcept>
+#include <algorithm>
 #include <vector>
 
 #include "packing.h"
@@ -11,57 +12,91 @@
 
 namespace manta {
 
-// One adapter's part in one tensor of a fused matrix.
-struct LowRank {
-  Place place;              // of the tensor's tile columns in the fused matrix
-  int rank, num_columns;    // N
-  std::vector<float> down;  // [rank, K]
-  std::vector<float> up;    // [rank, N rounded up to a lane], times the scale
+constexpr int kProjectRows = 4;
+
+// Up to kProjectRows neighbouring rows of a step with the same adapter, projected together.
+struct ProjectTask {
+  int row, num_rows, adapter;
 };
 
-inline float dot(const float* left, const float* right, int width) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int k = 0; k < width; k += kLane)
-    sum = _mm512_fmadd_ps(_mm512_loadu_ps(left + k), _mm512_loadu_ps(right + k), sum);
-  return _mm512_reduce_add_ps(sum);
-}
-
-// What all adapters add to one fused matrix; entry i of `parts` is adapter i's.
+// What all adapters add to one fused matrix.
 class Additions {
  public:
   void load(int adapter, Place place, const float* down, const float* up, float scale, int rank, int num_columns,
-            int width) {
-    if (static_cast<int>(parts_.size()) <= adapter) parts_.resize(adapter + 1);
-    const int padded = round_up(num_columns, kLane);
-    LowRank part{place, rank, num_columns, {down, down + size_t(rank) * width}, std::vector<float>(size_t(rank) * padded)};
-    for (int column = 0; column < num_columns; ++column)
-      for (int j = 0; j < rank; ++j) part.up[size_t(j) * padded + column] = scale * up[size_t(column) * rank + j];
-    parts_[adapter].push_back(std::move(part));
+            const Matrix& matrix) {
+    if (static_cast<int>(adapters_.size()) <= adapter) adapters_.resize(adapter + 1);
+    Adapter& at = adapters_[adapter];
+    at.tiles.resize(2 * matrix.num_panels);
+    for (int column = 0; column < num_columns; ++column) {
+      Tile& tile = at.tiles[place.first + column / kLane * place.stride];
+      tile.first = at.num_projected;
+      tile.rank = rank;
+      tile.up.resize(size_t(rank) * kLane);
+      for (int j = 0; j < rank; ++j) tile.up[j * kLane + column % kLane] = scale * up[size_t(column) * rank + j];
+    }
+    at.down.insert(at.down.end(), down, down + size_t(rank) * matrix.width);
+    at.num_projected += rank;
   }
 
-  bool empty() const { return parts_.empty(); }
+  bool empty() const { return adapters_.empty(); }
+  int num_projected(int adapter) const { return has(adapter) ? adapters_[adapter].num_projected : 0; }
 
-  // The addition to one row, in the order of the fused matrix's columns; `out` has room for whole panels.
-  void compute(int adapter, const float* input, int width, float* out, int num_columns) const {
-    memset(out, 0, round_up(num_columns, kPanelColumns) * sizeof(float));
-    if (adapter >= static_cast<int>(parts_.size())) return;
-    for (const LowRank& part : parts_[adapter]) add(part, input, width, out);
-  }
-
- private:
-  static void add(const LowRank& part, const float* input, int width, float* out) {
-    const int padded = round_up(part.num_columns, kLane);
-    for (int j = 0; j < part.rank; ++j) {
-      const __m512 factor = _mm512_set1_ps(dot(part.down.data() + size_t(j) * width, input, width));
-      const float* up = part.up.data() + size_t(j) * padded;
-      for (int n = 0; n < padded; n += kLane) {
-        float* at = out + (part.place.first + n / kLane * part.place.stride) * kLane;
-        _mm512_storeu_ps(at, _mm512_fmadd_ps(factor, _mm512_loadu_ps(up + n), _mm512_loadu_ps(at)));
+  // A x of a task's rows, of all tensors of the fused matrix; `input` and `out` are the first row's.
+  void project(const ProjectTask& task, const float* input, int width, float* out, size_t out_width) const {
+    for (int j = 0; j < num_projected(task.adapter); ++j) {
+      const float* down = adapters_[task.adapter].down.data() + size_t(j) * width;
+      if (task.num_rows == kProjectRows) {
+        project_rows<kProjectRows>(down, input, width, out + j, out_width);
+      } else {
+        for (int row = 0; row < task.num_rows; ++row)
+          project_rows<1>(down, input + size_t(row) * width, width, out + row * out_width + j, out_width);
       }
     }
   }
 
-  std::vector<std::vector<LowRank>> parts_;
+  // Adds B (A x) to a panel of one row.
+  void add(int adapter, int panel, const float* projected, __m512& left, __m512& right) const {
+    if (!has(adapter)) return;
+    const Tile* tiles = adapters_[adapter].tiles.data() + 2 * panel;
+    left = add_tile(tiles[0], projected, left);
+    right = add_tile(tiles[1], projected, right);
+  }
+
+ private:
+  // Sixteen columns: B's rows for them, by rank, times the scale; `first` is where their tensor's A x begins.
+  struct Tile {
+    int first = 0, rank = 0;
+    std::vector<float> up;
+  };
+  struct Adapter {
+    int num_projected = 0;
+    std::vector<float> down;  // [num_projected, K]
+    std::vector<Tile> tiles;
+  };
+
+  bool has(int adapter) const { return adapter < static_cast<int>(adapters_.size()); }
+
+  static __m512 add_tile(const Tile& tile, const float* projected, __m512 sum) {
+    const float* up = tile.up.data();
+    for (int j = 0; j < tile.rank; ++j)
+      sum = _mm512_fmadd_ps(_mm512_set1_ps(projected[tile.first + j]), _mm512_loadu_ps(up + j * kLane), sum);
+    return sum;
+  }
+
+  // Each row's sum has the same order, however many rows there are.
+  template <int kRows>
+  static void project_rows(const float* down, const float* input, int width, float* out, size_t out_width) {
+    __m512 sums[kRows];
+    for (int row = 0; row < kRows; ++row) sums[row] = _mm512_setzero_ps();
+    for (int k = 0; k < width; k += kLane) {
+      const __m512 values = _mm512_loadu_ps(down + k);
+      for (int row = 0; row < kRows; ++row)
+        sums[row] = _mm512_fmadd_ps(values, _mm512_loadu_ps(input + size_t(row) * width + k), sums[row]);
+    }
+    for (int row = 0; row < kRows; ++row) out[row * out_width] = _mm512_reduce_add_ps(sums[row]);
+  }
+
+  std::vector<Adapter> adapters_;
 };
 
 // The additions to every fused matrix of one layer.

@@ -88,8 +88,8 @@ void Slice::load_adapter(int adapter, int layer, Part part, const float* down, c
                          : matrix == &fused.output        ? at.output
                          : matrix == &fused.gate_up       ? at.gate_up
                                                           : at.down;
-  additions.load(adapter, place, down, up, scale, rank, num_rows, num_columns);
-  added_width_ = std::max(added_width_, static_cast<size_t>(matrix->num_panels) * kPanelColumns);
+  additions.load(adapter, place, down, up, scale, rank, num_rows, *matrix);
+  thin_width_ = std::max(thin_width_, static_cast<size_t>(additions.num_projected(adapter)));
 }
 
 void Slice::check(const StepArrays& step) const {
@@ -102,6 +102,23 @@ void Slice::check(const StepArrays& step) const {
     if (step.tokens[row] < 0 || step.tokens[row] >= shape_.vocab_size)
       throw std::invalid_argument("token " + std::to_string(step.tokens[row]) + " is outside the vocabulary, 0.." +
                                   std::to_string(shape_.vocab_size - 1));
+}
+
+// Which adapter each row has, and neighbouring rows with the same one as tasks.
+void Slice::plan_adapters(const StepArrays& step) {
+  project_tasks_.clear();
+  if (step.adapters == nullptr) return;
+  row_adapters_.resize(step.num_rows);
+  for (int sequence = 0; sequence < step.num_sequences; ++sequence)
+    std::fill(&row_adapters_[step.first_rows[sequence]], row_adapters_.data() + step.first_rows[sequence + 1],
+              step.adapters[sequence]);
+  for (int row = 0; row < step.num_rows;) {
+    int stop = row + 1;
+    while (stop < step.num_rows && stop - row < kProjectRows && row_adapters_[stop] == row_adapters_[row]) ++stop;
+    if (row_adapters_[row] >= 0) project_tasks_.push_back({row, stop - row, row_adapters_[row]});
+    row = stop;
+  }
+  if (!project_tasks_.empty()) thin_.resize(sizeof(float) * step.num_rows * thin_width_);
 }
 
 // Cuts the step into tasks that are the same for every layer.
@@ -124,16 +141,7 @@ void Slice::plan(const StepArrays& step) {
       }
     }
   }
-  adapted_rows_.clear();
-  row_adapters_.assign(step.num_rows, -1);
-  for (int sequence = 0; step.adapters != nullptr && sequence < step.num_sequences; ++sequence) {
-    if (step.adapters[sequence] < 0) continue;
-    for (int row = step.first_rows[sequence]; row < step.first_rows[sequence + 1]; ++row) {
-      row_adapters_[row] = step.adapters[sequence];
-      adapted_rows_.push_back(row);
-    }
-  }
-  if (!adapted_rows_.empty()) added_.resize(sizeof(float) * step.num_rows * added_width_);
+  plan_adapters(step);
   hidden_.resize(sizeof(float) * step.num_rows * shape_.hidden_size);
   projected_.resize(sizeof(float) * step.num_rows * heads_.columns());
   for (Activation* activation : {&normed_, &attended_, &activated_}) activation->reserve(step.num_rows);
@@ -184,27 +192,20 @@ void Slice::seal_rows(Member& member, Activation& activation) {
   });
 }
 
-// What the step's adapters add to the product with `matrix`, row by row.
-void Slice::compute_additions(Member& member, const Additions& additions, const Matrix& matrix,
-                              const Activation& input) {
-  member.share(static_cast<int>(adapted_rows_.size()), [&](int index) {
-    const int row = adapted_rows_[index];
-    additions.compute(row_adapters_[row], input.values(row), matrix.width, added(row), matrix.num_columns);
-  });
-}
-
 // As multiply(), for all rows of the step, with what their adapters add.
 template <class Emit>
 void Slice::multiply_adapted(Member& member, const Additions* additions, const Matrix& matrix, const Activation& input,
                              const Emit& emit) {
   char* scratch = workers_[member.index]->scratch.data();
-  if (additions == nullptr || adapted_rows_.empty() || additions->empty())
+  if (additions == nullptr || project_tasks_.empty() || additions->empty())
     return multiply(member, matrix, input, step_.num_rows, scratch, emit);
-  compute_additions(member, *additions, matrix, input);
+  member.share(static_cast<int>(project_tasks_.size()), [&](int index) {
+    const ProjectTask& task = project_tasks_[index];
+    additions->project(task, input.values(task.row), matrix.width, thin(task.row), thin_width_);
+  });
   multiply(member, matrix, input, step_.num_rows, scratch, [&](int row, int panel, __m512 left, __m512 right) {
-    if (row_adapters_[row] < 0) return emit(row, panel, left, right);
-    const float* more = added(row) + panel * kPanelColumns;
-    emit(row, panel, _mm512_add_ps(left, _mm512_loadu_ps(more)), _mm512_add_ps(right, _mm512_loadu_ps(more + kLane)));
+    if (row_adapters_[row] >= 0) additions->add(row_adapters_[row], panel, thin(row), left, right);
+    emit(row, panel, left, right);
   });
 }
 

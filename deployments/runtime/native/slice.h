@@ -51,6 +51,7 @@ class Slice {
   void check(const StepArrays& step) const;
   void check_sequence(const StepArrays& step, int sequence) const;
   void plan(const StepArrays& step);
+  void plan_adapters(const StepArrays& step);
   void compute(Member& member);
   void compute_layer(Member& member, int index);
   void embed(Member& member);
@@ -61,13 +62,12 @@ class Slice {
   void attend_task(int index, const AttentionTask& task, Worker& worker);
   void prepare(const Layer& layer, const float* source, const float* norm, int position, float* out) const;
   void finish(Member& member);
-  void compute_additions(Member& member, const Additions& additions, const Matrix& matrix, const Activation& input);
   template <class Emit>
   void multiply_adapted(Member& member, const Additions* additions, const Matrix& matrix, const Activation& input,
                         const Emit& emit);
 
   float* hidden(size_t row) const { return reinterpret_cast<float*>(hidden_.data()) + row * shape_.hidden_size; }
-  float* added(size_t row) const { return reinterpret_cast<float*>(added_.data()) + row * added_width_; }
+  float* thin(size_t row) const { return reinterpret_cast<float*>(thin_.data()) + row * thin_width_; }
   float* projected(size_t row) const { return reinterpret_cast<float*>(projected_.data()) + row * heads_.columns(); }
 
   const SliceShape shape_;
@@ -81,9 +81,10 @@ class Slice {
   std::vector<AppendTask> append_tasks_;
   int num_adapters_ = 0;
   std::vector<LayerAdditions> additions_;  // of each layer; empty without adapters
-  std::vector<int> adapted_rows_, row_adapters_;  // rows of the step with an adapter, and every row's, -1 for none
-  Buffer added_;                                  // float32 rows, one for each row of the step
-  size_t added_width_ = 0;
+  std::vector<ProjectTask> project_tasks_;
+  std::vector<int> row_adapters_;  // of every row of the step, -1 for none
+  Buffer thin_;                    // float32 rows: what an adapter's first matrix makes of a row
+  size_t thin_width_ = 0;
   Team team_;  // last: its threads must be gone before the rest
 };
 

