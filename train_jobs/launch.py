@@ -14,11 +14,12 @@ import ray
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.config.nodes import TRAIN_SLOT
 from cluster.durable import write_durably
 from cluster.errors import PlanError
 from cluster.runs.files import SPEC, STATE
 from cluster.runs.state import RunState, read_state
-from train_jobs.run_spec import TRAIN_SLOT, RunSpec, allowed_sizes
+from train_jobs.run_spec import RunSpec, allowed_sizes
 from train_jobs.supervision.monitor import Monitor
 from train_jobs.supervision.policies import deliberate
 from train_jobs.supervision.trainer import SupervisedTrainer

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.config.nodes import TRAIN_SLOT
 from cluster.errors import PlanError
 from train_jobs.trainer.committed import CHECKPOINTS
 from train_jobs.trainer.duration import num_micro_batches
 from train_jobs.trainer.spec import TrainSpec, data_workers
-
-TRAIN_SLOT = "train_slot"
-"""Custom resource of Ray: how many training workers a node takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,8 @@ class ExistingProvider(StrictModel):
 Provider: TypeAlias = LocalProvider | ExistingProvider
 
 BUILT_IN_RESOURCES = ("CPU", "GPU", "memory")
+TRAIN_SLOT = "train_slot"
+"""Ray's name for places for training workers: each takes one, besides its cores and GPUs."""
 
 
 class Resources(StrictModel):
@@ -77,10 +79,14 @@ class Resources(StrictModel):
     memory: Annotated[Bytes, at_least_bytes(2**20)] | None = None
     """Memory that Ray may hand out; when absent, Ray's own estimate is used and plans are not checked against it."""
 
+    train_slot: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    """Training workers that the machine takes; 0 keeps it for serving. When absent, one per GPU or, without, core."""
+
     @property
     def custom(self) -> dict[str, float]:
-        """The custom resources and their amounts."""
-        return dict(self.__pydantic_extra__)
+        """The custom resources and their amounts, places for training workers among them."""
+        slots = int(self.GPU or self.CPU) if self.train_slot is None else self.train_slot
+        return {TRAIN_SLOT: float(slots)} | self.__pydantic_extra__
 
 
 class NodeGroup(StrictModel):

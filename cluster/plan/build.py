@@ -6,11 +6,19 @@ Pure: the same config, versions and code digest give the same Plan, byte for byt
 from collections.abc import Mapping, Sequence
 
 from cluster.config.models import Engine, MantaEngine, ModelConfig
-from cluster.config.nodes import NodeGroup, UriCode
+from cluster.config.nodes import TRAIN_SLOT, NodeGroup, UriCode
 from cluster.config.schema import ClusterConfig
 from cluster.errors import PlanError
 from cluster.plan.adapters import adapter_args, adapter_plans, known_adapters, with_adapters
-from cluster.plan.capacity import can_surge, check_capacity, check_one_replica, maximum_fits, one_replica_fits
+from cluster.plan.capacity import (
+    can_surge,
+    check_capacity,
+    check_one_replica,
+    job_fits,
+    maximum_fits,
+    one_replica_fits,
+    show_all,
+)
 from cluster.plan.memory import VLLM_BYTES, StepShape, activation_bytes, kv_bytes, weight_bytes
 from cluster.plan.partition import Range, cut_layers, explicit
 from cluster.plan.routing import gateway_settings, routing_table
@@ -60,7 +68,7 @@ def build_plan(config: ClusterConfig, versions: Mapping[str, KnownVersion], code
         gateway=gateway,
         routing=routing_table(gateway_settings(config.gateway.limits), models),
         surge=surge,
-        notes=_notes(apps, gateway, nodes, surge),
+        notes=(*_notes(apps, gateway, nodes, surge), *_job_notes(config, apps, gateway, nodes)),
     )
 
 
@@ -265,6 +273,23 @@ def _kernels_possible(model: ModelConfig) -> Kernels:
     """``kernels``, or torch where the config leaves no other."""
     native = model.task == "generate" and model.device == "cpu" and model.dtype == "bfloat16"
     return model.kernels if native else "torch"
+
+
+def _job_notes(
+    config: ClusterConfig, apps: Sequence[ModelApp], gateway: GatewayAppArgs, nodes: Sequence[NodePlan]
+) -> tuple[str, ...]:
+    notes = []
+    for job in config.jobs:
+        if job.kind != "train":
+            continue
+        needs = {"CPU": job.resources.cpus, "GPU": float(job.resources.gpus), TRAIN_SLOT: 1.0}
+        asked = {name: amount for name, amount in needs.items() if amount}
+        if not job_fits(job.name, [asked] * job.workers.min, apps, gateway, nodes):
+            notes.append(
+                f"{job.name}: its workers, at least {job.workers.min} with {show_all(asked)} each, do not fit beside "
+                "the served models; the job waits until there is room"
+            )
+    return tuple(notes)
 
 
 def _notes(

@@ -78,6 +78,17 @@ def maximum_fits(
     return all_fit([*_at_minimum(others, gateway), *[replica_gang(args)] * args.replicas.max], nodes)
 
 
+def job_fits(
+    name: str,
+    bundles: Sequence[Amounts],
+    apps: Sequence[ModelApp],
+    gateway: GatewayAppArgs,
+    nodes: Sequence[NodePlan],
+) -> bool:
+    """Whether the workers of a job fit beside the gateway and ``replicas.min`` copies of every model."""
+    return all_fit([*_at_minimum(apps, gateway), Gang(name=name, bundles=tuple(bundles), strategy="PACK")], nodes)
+
+
 def one_replica_fits(args: ModelApp, nodes: Sequence[NodePlan]) -> bool:
     """Whether one replica fits the nodes when nothing else runs there."""
     return all_fit([replica_gang(args)], nodes)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import ray
 import torch
 
 from cluster.errors import PlanError
+from cluster.registry.manifest import Lineage
+from cluster.registry.store import Registry
 from cluster.runs.state import RunState, read_state
 from tests.support.raylets import Raylets
 from tests.support.tiny_run import seen, tiny_run
 from train_jobs.launch import Outcome, launch
+from train_jobs.publish import PublishPlan, publish_run
 from train_jobs.run_spec import RunSpec
 from train_jobs.trainer import committed
 from train_jobs.trainer.errors import TrainingError
@@ -92,6 +96,28 @@ def test_lost_and_stuck_workers_leave_no_trace_in_the_result(undisturbed: Outcom
     notes = folder / "notes" / "disturbed"
     killed, stepped = (float((notes / f"{name}-time").read_text()) for name in ("killed", "stepped-again"))
     print(f"\nfrom the kill of a worker to its successor's first step: {stepped - killed:.1f} s")
+
+
+def test_a_finished_run_is_evaluated_and_published(undisturbed: Outcome, folder: Path) -> None:
+    spec = tiny_run(folder, "undisturbed")
+    plan = PublishPlan(
+        storage=str(folder),
+        model="tiny",
+        alias="latest",
+        require={"loss": 10.0},
+        modes={"loss": "min"},
+        task="generate",
+        adapter_of=None,
+        lineage=Lineage(job="tiny", data_digest="d"),
+    )
+    failing = replace(spec, arguments=replace(spec.arguments, export_fails=True))
+    with pytest.raises(OSError, match="No space left"):
+        publish_run(failing, plan, undisturbed.result)
+    assert "No space left" in read_state(spec.run_dir).notes[0]
+    assert publish_run(spec, plan, undisturbed.result).version == "tiny@v1"
+    state = read_state(spec.run_dir)
+    assert (state.status, state.published, state.notes) == ("finished", "tiny@v1", ())
+    assert Registry(str(folder)).resolve("tiny@latest").metrics["loss"] < 10.0
 
 
 def test_what_a_worker_refuses_ends_the_run_at_once(raylets: Raylets, folder: Path) -> None:

@@ -99,6 +99,15 @@ def test_further_resources_are_custom_ones() -> None:
     assert (resources.CPU, resources.GPU) == (2.0, 0)
 
 
+@pytest.mark.parametrize(
+    ("written", "slots"),
+    [("CPU: 2", 2.0), ("CPU: 16, GPU: 2", 2.0), ("CPU: 4, train_slot: 1", 1.0), ("CPU: 2, train_slot: 0", 0.0)],
+)
+def test_a_node_takes_a_training_worker_per_gpu_or_core(written: str, slots: float) -> None:
+    resources = load_text(MINIMAL.replace("CPU: 2", written), "f").cluster.nodes[0].resources
+    assert resources.custom == {"train_slot": slots}
+
+
 def test_storage_is_absolute_after_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert load_text(MINIMAL, "f").storage_root == "/home/somebody/.manta"

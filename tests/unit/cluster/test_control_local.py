@@ -219,4 +219,4 @@ def test_every_port_and_resource_is_given_to_ray(tmp_path):
         "num-gpus": "0",
     }
     assert options["memory"] == str(8 * 2**30)
-    assert json.loads(options["resources"]) == {}
+    assert json.loads(options["resources"]) == {"train_slot": 2.0}

@@ -44,6 +44,26 @@ def test_golden_file(name):
     assert actual == (GOLDEN / name).read_text(), f"golden file {name} differs"
 
 
+def test_a_job_that_does_not_fit_beside_the_models_is_noted():
+    jobs = """jobs:
+  - {name: text, kind: prepare, task: lm, inputs: [{source: "path:///text", format: text}], tokenizer: "registry://t@v1",
+     sequence_tokens: 64}
+  - {name: learn, kind: train, task: lm, base: {source: "registry://smollm2@latest"}, data: text, workers: 2,
+     batch: {sequences: 8, micro_sequences: 4}, duration: {steps: 10}, optimizer: {kind: adamw, lr: 1.0e-4},
+     resources: {cpus: 0.5}}
+"""
+
+    def notes(nodes: str) -> tuple[str, ...]:
+        return build_plan(config(SMOLLM2 + jobs, nodes, EXISTING), {"smollm2": known()}, "d").notes
+
+    assert not notes("    - {name: node, resources: {CPU: 4}, min: 1, max: 1}\n")
+    for resources in ("{CPU: 4, train_slot: 1}", "{CPU: 0.6, train_slot: 2}"):
+        assert any(
+            "learn: its workers, at least 2 with CPU 0.5, train_slot 1 each, do not fit" in note
+            for note in notes(f"    - {{name: node, resources: {resources}, min: 1, max: 1}}\n")
+        )
+
+
 def test_a_plan_survives_json():
     assert Plan.model_validate_json(both().model_dump_json()) == both()
 
