@@ -5,13 +5,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
 import msgspec
 import ray
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.nodes import TRAIN_SLOT
@@ -21,7 +21,7 @@ from cluster.runs.files import SPEC, STATE
 from cluster.runs.state import RunState, read_state
 from train_jobs.run_spec import RunSpec, allowed_sizes
 from train_jobs.supervision.monitor import Monitor
-from train_jobs.supervision.policies import deliberate
+from train_jobs.supervision.policies import StopAskedError, deliberate
 from train_jobs.supervision.trainer import SupervisedTrainer
 from train_jobs.trainer.errors import TrainingError
 from train_jobs.trainer.hooks import TrainResult
@@ -82,7 +82,8 @@ def _start_monitor(spec: RunSpec) -> Any:
     name = f"{spec.job}/{spec.run_id}"
     actor = ray.remote(Monitor).options(name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
     try:
-        return actor.remote(spec, read_state(spec.run_dir) if (spec.run_dir / STATE).is_file() else None)
+        bare = replace(spec, arguments=None)  # spares it the imports of a task
+        return actor.remote(bare, read_state(spec.run_dir) if (spec.run_dir / STATE).is_file() else None)
     except ValueError as error:  # Ray's word for a name that is taken
         raise TrainingError(
             f"run {name} is under way already; follow it in {spec.run_dir}, or stop it before submitting it again"
@@ -92,15 +93,19 @@ def _start_monitor(spec: RunSpec) -> Any:
 def _follow(spec: RunSpec, monitor: Any, watcher: Watcher) -> Outcome:
     fit = _Fit(spec, monitor)
     fit.start()
-    with _signals_stop(monitor):
+    with _stop_signals() as asked_to_stop:
         while fit.is_alive():
             fit.join(_TELL_EVERY_S)
+            if asked_to_stop.is_set():
+                asked_to_stop.clear()
+                monitor.stop.remote()
             with suppress(ray.exceptions.GetTimeoutError):
                 watcher(ray.get(monitor.state.remote(), timeout=10))
     if fit.error is not None:
+        stopped = _stopped(fit.error)
         error = _as_ours(spec, fit.error)
         ray.get(monitor.end_attempt.remote("failed", str(error)))
-        watcher(ray.get(monitor.conclude.remote(status="failed", error=str(error))))
+        watcher(ray.get(monitor.conclude.remote(status="stopped" if stopped else "failed", error=str(error))))
         raise error from fit.error
     result = fit.result
     assert result is not None, "Ray Train ended without a result and without an error"
@@ -128,9 +133,16 @@ class _Fit(threading.Thread):
             self.error = error
 
 
+def _stopped(error: Exception) -> bool:
+    """Whether a run without workers, which could save nothing, was asked to stop."""
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, StopAskedError)
+
+
 def _as_ours(spec: RunSpec, error: Exception) -> Exception:
     if not isinstance(error, TrainingFailedError):
         return error
+    if _stopped(error):
+        return TrainingError(f"job {spec.job}: stopped while it had no workers; submit it again to go on")
     own = deliberate(error)
     if own is not None:
         return own
@@ -141,18 +153,19 @@ def _as_ours(spec: RunSpec, error: Exception) -> Exception:
 
 
 @contextmanager
-def _signals_stop(monitor: Any) -> Iterator[None]:
-    """SIGTERM and Ctrl-C save and stop the run, inside the block; only the main thread can be told."""
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set, inside the block; only the main thread can be told."""
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signature of a handler)
-        monitor.stop.remote()
+    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signature of a handler)
+        asked.set()
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

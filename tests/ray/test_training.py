@@ -199,6 +199,11 @@ def test_workers_come_and_go_and_serving_keeps_its_cores(raylets: Raylets, folde
     steps = 120
     expected = run(tiny_run(folder, "fixed", steps=steps))
     first, second = hold("a", 1.0), hold("b", 1.0)
+    idle = start_driver(raylets, tiny_run(folder, "idle"), folder)
+    wait_until(tiny_run(folder, "idle"), lambda state: state.waiting is not None)
+    psutil.Process(idle.pid).send_signal(signal.SIGTERM)
+    assert idle.wait() == 1
+    assert read_state(tiny_run(folder, "idle").run_dir).status == "stopped"
     spec = tiny_run(folder, "elastic", workers=(1, 2), steps=steps, step_s=0.1)
     launched = Launched(spec)
     waiting = wait_until(spec, lambda state: state.waiting is not None)

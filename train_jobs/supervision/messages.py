@@ -4,21 +4,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 from train_jobs.supervision.watchdog import Stage, Standstill
-from train_jobs.trainer.meters import StepReport
 
 Order = Literal["go", "pause", "stop"]
 """``pause``: save and wait for the end of the attempt; ``stop``: save and return."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """The last step, as the first worker reports it."""
+
+    step: int
+    """Steps done."""
+    num_steps: int
+    loss: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """Where one worker of one attempt is; ``report`` is the first worker's, of its last step."""
+    """Where one worker of one attempt is; ``progress`` is the first worker's."""
 
     attempt: int
     rank: int
     stage: Stage
     step: int
-    report: StepReport | None = None
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,3 +50,5 @@ class Look:
     stuck: tuple[Standstill, ...]
     all_paused: bool
     order: Order
+    stopping: bool
+    """The run was asked to end."""

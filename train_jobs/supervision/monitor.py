@@ -9,7 +9,7 @@ import msgspec
 
 from cluster.runs.state import AttemptState, RunState, write_state
 from train_jobs.run_spec import RunSpec
-from train_jobs.supervision.messages import Beat, Look, Order, Place
+from train_jobs.supervision.messages import Beat, Look, Order, Place, Progress
 from train_jobs.supervision.watchdog import Watch
 from train_jobs.trainer import committed
 
@@ -62,10 +62,10 @@ class Monitor:
             return "stop"  # of a group that has been given up
         now = self._clock()
         attempt.watch.heard(beat.rank, beat.stage, beat.step, now)
-        if beat.report is not None:
-            attempt.first = attempt.first or (beat.report.step, now)
+        if beat.progress is not None:
+            attempt.first = attempt.first or (beat.progress.step, now)
             if now - self._written >= _WRITE_EVERY_S:
-                self._tell_progress(beat, attempt.first)
+                self._tell(beat.progress, attempt.first)
         return "stop" if self._stopping else attempt.order
 
     def look(self) -> Look:
@@ -78,6 +78,7 @@ class Monitor:
             stuck=attempt.watch.stuck(self._clock()),
             all_paused=attempt.size > 0 and attempt.watch.all_in("paused"),
             order=attempt.order,
+            stopping=self._stopping,
         )
 
     def pause(self, reason: str) -> None:
@@ -120,17 +121,14 @@ class Monitor:
         )
         return _Attempt(number=number, size=size, watch=watch)
 
-    def _tell_progress(self, beat: Beat, first: tuple[int, float]) -> None:
-        report = beat.report
-        assert report is not None
-        num_done, spent_s = report.step - first[0], self._clock() - first[1]
-        remaining_s = (report.num_steps - report.step) * spent_s / num_done if num_done else None
+    def _tell(self, progress: Progress, first: tuple[int, float]) -> None:
+        num_done, spent_s = progress.step - first[0], self._clock() - first[1]
         self._change(
-            step=report.step,
-            num_steps=report.num_steps,
-            loss=report.loss,
-            tokens_per_s=report.tokens_per_s,
-            remaining_s=remaining_s,
+            step=progress.step,
+            num_steps=progress.num_steps,
+            loss=progress.loss,
+            tokens_per_s=progress.tokens_per_s,
+            remaining_s=(progress.num_steps - progress.step) * spent_s / num_done if num_done else None,
         )
 
     def _change(self, **values: Any) -> None:

@@ -45,6 +45,10 @@ class StuckError(Exception):
     """A worker stood still for too long and was ended; its stacks are in the run directory."""
 
 
+class StopAskedError(Exception):
+    """A run was asked to stop when there was nothing to save: ends it."""
+
+
 class RoomPolicy(ScalingPolicy):  # type: ignore[misc]  # Ray has no types
     """As many workers as there is room for, between the run's minimum and maximum."""
 
@@ -63,9 +67,11 @@ class RoomPolicy(ScalingPolicy):  # type: ignore[misc]  # Ray has no types
         return self._spec.max_workers
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Start what fits now, or look again in a moment."""
+        """Start what fits now, or look again in a moment; raises StopAskedError when the run is to end."""
         self._maybe_send_resource_request()
         look: Look = ray.get(self._monitor.look.remote())
+        if look.stopping:
+            raise StopAskedError("the run was asked to stop while it had no workers")
         nodes = [place.node_id for place in look.places.values()]
         view = view_cluster()
         free = free_again(view.free, self._needs, nodes, view.leaving)
@@ -119,7 +125,7 @@ class RoomPolicy(ScalingPolicy):  # type: ignore[misc]  # Ray has no types
         for rank, place in look.places.items():
             by_node[place.node_id][f"worker-{rank}"] = place.pid
         dumps = [_dump_on(node_id, pids, folder) for node_id, pids in by_node.items()]
-        _, late = ray.wait(dumps, num_returns=len(dumps), timeout=_DUMP_TIMEOUT_S)
+        late = ray.wait(dumps, num_returns=len(dumps), timeout=_DUMP_TIMEOUT_S)[1] if dumps else []
         told = "; ".join(map(str, look.stuck))
         missing = f" ({len(late)} nodes did not answer)" if late else ""
         logger.error("%s; stacks are in %s%s", told, folder, missing)

@@ -1,5 +1,7 @@
 """Ray Train's trainer with this package's policies in place of its own."""
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
@@ -15,11 +17,10 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
 
     def __init__(self, spec: RunSpec, monitor: Any) -> None:
         """``monitor`` is the handle of the Monitor actor."""
-        self._spec = spec
+        self._bare = replace(spec, arguments=None)
         self._monitor = monitor
         super().__init__(
-            run_worker,
-            train_loop_config={"spec": spec, "monitor": monitor},
+            functools.partial(run_worker, spec, monitor),  # sent to workers as it is: the controller imports no task
             torch_config=TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if spec.needs.gpus else "gloo",
                 timeout_s=int(max(spec.start_timeout_s, spec.step_timeout_s)) + 60,  # the watchdog comes first
@@ -33,7 +34,7 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
         """Of Ray: starts the controller with these arguments."""
         policies = {
-            "scaling_policy": RoomPolicy(self.scaling_config, self._spec, self._monitor),
-            "failure_policy": RestartPolicy(FailureConfig(), self._spec, self._monitor),
+            "scaling_policy": RoomPolicy(self.scaling_config, self._bare, self._monitor),
+            "failure_policy": RestartPolicy(FailureConfig(), self._bare, self._monitor),
         }
         return super()._initialize_and_run_controller(**controller_init_kwargs | policies)

@@ -19,11 +19,9 @@ from train_jobs.trainer.loop import Trainer
 from train_jobs.trainer.world import World
 
 
-def run_worker(config: dict[str, Any]) -> TrainResult:
+def run_worker(spec: RunSpec, monitor: Any) -> TrainResult:
     """One worker's attempt: from wherever the run directory stands to the end, a stop, or a pause that never ends."""
-    spec: RunSpec = config["spec"]
     check_code_digest(spec.code_digest)
-    monitor = config["monitor"]
     rank = train.get_context().get_world_rank()
     place = Place(node_id=ray.get_runtime_context().get_node_id(), pid=os.getpid())
     attempt = ray.get(monitor.join.remote(rank, place))

@@ -57,9 +57,9 @@ def test_a_job_that_does_not_fit_beside_the_models_is_noted():
         return build_plan(config(SMOLLM2 + jobs, nodes, EXISTING), {"smollm2": known()}, "d").notes
 
     assert not notes("    - {name: node, resources: {CPU: 4}, min: 1, max: 1}\n")
-    for resources in ("{CPU: 4, train_slot: 1}", "{CPU: 0.6, train_slot: 2}"):
+    for resources in ("{CPU: 4, train_slot: 1}", "{CPU: 1, train_slot: 2}"):
         assert any(
-            "learn: its workers, at least 2 with CPU 0.5, train_slot 1 each, do not fit" in note
+            "learn: its workers, at least 2 with 0.5 CPU, 1 train_slot each, do not fit" in note
             for note in notes(f"    - {{name: node, resources: {resources}, min: 1, max: 1}}\n")
         )
 

@@ -13,14 +13,13 @@ from cluster.runs.state import read_state
 from tests.support.tiny_run import tiny_run
 from train_jobs.materials import gather
 from train_jobs.run_spec import allowed_sizes
-from train_jobs.supervision.messages import Beat, Place
+from train_jobs.supervision.messages import Beat, Place, Progress
 from train_jobs.supervision.monitor import Monitor
 from train_jobs.supervision.resizing import Resizing
 from train_jobs.supervision.restarts import Restarts
 from train_jobs.supervision.room import count_places, describe_shortage, free_again, largest
 from train_jobs.supervision.stacks import dump_and_end
 from train_jobs.supervision.watchdog import Watch
-from train_jobs.trainer.meters import StepReport
 from train_jobs.trainer.spec import Pipeline
 
 NEEDS = {"CPU": 0.5, "train_slot": 1.0}
@@ -33,21 +32,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def report(step: int, num_steps: int = 20) -> StepReport:
-    counts = {"num_targets": 10, "num_tokens": 10, "memory_bytes": 1}
-    rates = dict.fromkeys(("learning_rate", "grad_norm", "padding_ratio", "mfu", "data_wait_s"), 0.5)
-    return StepReport(
-        step=step,
-        num_steps=num_steps,
-        loss=2.5,
-        tokens_per_s=100.0,
-        step_s=0.1,
-        checkpoint_stall_s=0.0,
-        **counts,
-        **rates,
-    )
 
 
 def monitored(folder: Path, run_id: str, clock: Clock, **changes: float) -> tuple[Monitor, Path]:
@@ -156,6 +140,7 @@ def test_monitor_orders_a_pause_and_sees_when_all_have_saved(tmp_path: Path) -> 
     assert monitor.beat(beats[1]) == "stop"  # a worker of the group before, still alive
     assert monitor.beat(replace(beats[0], attempt=2)) == "go"
     monitor.stop()
+    assert monitor.look().stopping
     assert monitor.beat(replace(beats[0], attempt=2)) == "stop"
     assert [(one.num_workers, one.end) for one in read_state(run_dir).attempts] == [(2, "resized"), (1, None)]
 
@@ -166,7 +151,15 @@ def test_monitor_writes_progress_about_once_a_second(tmp_path: Path) -> None:
     monitor.begin_attempt(1)
     for step in range(1, 5):
         clock.now += 0.4
-        monitor.beat(Beat(attempt=1, rank=0, stage="stepping", step=step, report=report(step)))
+        monitor.beat(
+            Beat(
+                attempt=1,
+                rank=0,
+                stage="stepping",
+                step=step,
+                progress=Progress(step=step, num_steps=20, loss=2.5, tokens_per_s=100.0),
+            )
+        )
     state = read_state(run_dir)
     assert (state.status, state.step, state.num_steps, state.loss) == ("running", 3, 20, 2.5)
     assert state.remaining_s == pytest.approx(17 * 0.4)
