@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.config.nodes import TRAIN_SLOT
 from cluster.config.schema import ClusterConfig
 from cluster.errors import PlanError
 from cluster.plan.jobs import JobPlan, plan_job
@@ -16,7 +17,6 @@ from train_jobs.data.prepare import find_current, prepared_directory
 from train_jobs.data.spec import PrepareSpec
 from train_jobs.data.tokenizer import find_tokenizer
 from train_jobs.job import UNKNOWN_DIGEST, JobSpec, read_job, read_prepare, run_directory
-from train_jobs.run_spec import TRAIN_SLOT
 from train_jobs.sizes import ModelSizes, WorkerMemory, worker_memory
 from train_jobs.tasks.build import ModelOutline, outline_model
 from train_jobs.tasks.combinations import check_combination
