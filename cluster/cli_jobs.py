@@ -13,12 +13,13 @@ from cluster.config.load import load_config
 from cluster.config.schema import ClusterConfig
 from cluster.control.dashboard import Dashboard
 from cluster.control.follow import follow, view_on
-from cluster.control.job_status import job_statuses, jobs_view
+from cluster.control.job_status import job_statuses, jobs_view, submitted_jobs
 from cluster.control.jobs import Submission, newest, stop, submissions, submit
 from cluster.control.provider import ray_of
-from cluster.errors import ControlError
+from cluster.errors import ControlError, UsageError
 from cluster.plan.jobs import plan_job
 
+DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
 _INTERRUPTED = 130
 
 
@@ -29,17 +30,20 @@ def add_parsers(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     train.add_argument("-f", "--follow", action="store_true", help="show its log and progress until it ends")
     train.add_argument("--dry-run", action="store_true", help="only check and show what would run, on this machine")
     train.set_defaults(run=_train)
-    _add(verbs, "jobs", "list the jobs of a config, and what they are at").set_defaults(run=_jobs)
+    jobs = _add(verbs, "jobs", "list the jobs of a config, or of a cluster, and what they are at", optional=True)
+    jobs.add_argument("--dashboard", metavar="URL", help=f"without CONFIG: the Ray dashboard ({DEFAULT_DASHBOARD})")
+    jobs.set_defaults(run=_jobs)
     stop_verb = _add(verbs, "stop", "let a job save what it has, and end it; `train` continues it")
     stop_verb.add_argument("job", metavar="JOB", help="name of the job")
     stop_verb.set_defaults(run=_stop)
 
 
 def _add(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str, *, optional: bool = False
 ) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="the YAML file")
+    count = "?" if optional else None
+    parser.add_argument("config", type=Path, metavar="CONFIG", nargs=count, help="the YAML file")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     return parser
 
@@ -106,14 +110,20 @@ def _ending(ended: Submission) -> str:
 
 
 def _jobs(args: argparse.Namespace) -> int:
-    config = load_config(args.config)
-    dashboard = ray_of(config).dashboard()
-    found = [] if dashboard is None else submissions(dashboard, config.name)
-    statuses = job_statuses(config, found)
+    if args.config is not None and args.dashboard is not None:
+        raise UsageError("manta jobs: CONFIG and --dashboard both say where the cluster is; give one of them")
+    if args.config is None:
+        dashboard = Dashboard.with_token_from_environment(args.dashboard or DEFAULT_DASHBOARD)
+        title, statuses = dashboard.url, submitted_jobs(submissions(dashboard))
+    else:
+        config = load_config(args.config)
+        running = ray_of(config).dashboard()
+        title = config.name
+        statuses = job_statuses(config, [] if running is None else submissions(running, config.name))
     if args.json:
         _print_json([asdict(status) for status in statuses])
     else:
-        Console().print(jobs_view(config.name, statuses))
+        Console().print(jobs_view(title, statuses))
     return 0
 
 

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 import msgspec
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +12,7 @@ from rich.text import Text
 from cluster.config.jobs_train import METRICS
 from cluster.runs.state import RunState
 from cluster.units import format_bytes
-from train_jobs.data_tables import pairs
+from train_jobs.data_tables import NAME_COLUMNS, pairs
 from train_jobs.resolving import Resolved
 from train_jobs.trainer.hooks import TrainResult
 
@@ -108,14 +107,27 @@ def _publishes(resolved: Resolved) -> str:
     return f"{publish.model}@{publish.alias}" + (f" if {' and '.join(required)}" if required else "")
 
 
+_MEMORY_NAMES = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "average": "averaged weights",
+    "gathered": "gathered layers",
+    "activations": "activations, about",
+    "checkpoint": "copy being saved",
+    "process": "the process itself",
+}
+
+
 def _memory_table(resolved: Resolved) -> Table:
     memory = resolved.memory
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    names = ("weights", "gradients", "optimizer", "average", "gathered", "activations", "checkpoint", "process")
-    shown = [name for name in names if getattr(memory, name)]
-    for name in (*shown, "in all"):
-        table.add_column(name, justify="right")
-    table.add_row(*(format_bytes(getattr(memory, name)) for name in shown), f"~{format_bytes(memory.total)}")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(min_width=NAME_COLUMNS, style="dim", no_wrap=True)
+    table.add_column(justify="right")
+    for name, words in _MEMORY_NAMES.items():
+        if getattr(memory, name):
+            table.add_row(words, format_bytes(getattr(memory, name)))
+    table.add_row("in all, about", Text(format_bytes(memory.total), style="bold"))
     return table
 
 

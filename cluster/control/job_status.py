@@ -48,6 +48,12 @@ def job_statuses(config: ClusterConfig, found: Sequence[Submission]) -> list[Job
     ]
 
 
+def submitted_jobs(found: Sequence[Submission]) -> list[JobStatus]:
+    """Every job that was submitted to a cluster, by whatever config; what it makes is not known here."""
+    last = {(each.cluster, each.job): each for each in found}
+    return [_status(f"{cluster}/{job}", "", "", each, None) for (cluster, job), each in last.items()]
+
+
 def _last_run(storage: Path, job: str) -> RunState | None:
     try:
         directories = run_directories(storage, job)

@@ -37,6 +37,7 @@ class Submission:
     """One submission of a job, as Ray's job server tells it."""
 
     id: str
+    cluster: str
     job: str
     number: int
     state: JobState
@@ -54,7 +55,7 @@ class Submission:
 def submissions(dashboard: Dashboard, cluster: str | None = None) -> list[Submission]:
     """Submissions of Manta's jobs, oldest first; those of one cluster's config, where it is named."""
     found = [_read(entry) for entry in dashboard.jobs() if _is_own(entry, cluster)]
-    return sorted(found, key=lambda each: (each.job, each.number))
+    return sorted(found, key=lambda each: (each.cluster, each.job, each.number))
 
 
 def newest(found: Sequence[Submission], job: str) -> Submission | None:
@@ -135,6 +136,7 @@ def _read(entry: dict[str, Any]) -> Submission:
     number = re.search(r"-([0-9]+)$", entry["submission_id"])
     return Submission(
         id=entry["submission_id"],
+        cluster=entry["metadata"].get(_CLUSTER, ""),
         job=entry["metadata"][_JOB],
         number=int(number[1]) if number else 0,
         state=entry["status"],

@@ -172,6 +172,20 @@ def test_jobs_are_listed_with_their_runs(
     assert max(len(line) for line in shown.splitlines()) <= 80
 
 
+def test_without_a_config_all_jobs_of_a_cluster_are_listed(
+    yaml: Path, server: FakeJobServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(yaml), "days"]) == 0
+    server.end("manta-weather-days-1", "FAILED")
+    assert main(["train", str(yaml), "days"]) == 0
+    capsys.readouterr()
+    assert main(["jobs", "--dashboard", server.url, "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["job"], row["state"], row["submission"]) == ("weather/days", "running", "manta-weather-days-2")
+    assert main(["jobs", str(yaml), "--dashboard", server.url]) == 2
+    assert "both say where the cluster is" in capsys.readouterr().err
+
+
 def test_a_run_that_ray_does_not_know_is_told_from_its_directory(
     yaml: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
