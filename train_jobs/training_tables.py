@@ -25,8 +25,8 @@ def train_view(resolved: Resolved) -> RenderableType:
         heading.append(f"  run {resolved.run_dir.name}")
     parts: list[RenderableType] = [heading, Text(""), pairs([*_model_facts(resolved), *_step_facts(resolved)])]
     parts += [Text(""), Text("Memory of each worker", style="bold"), _memory_table(resolved)]
-    if spec.strategy.kind != "single" and job.workers.min != job.workers.max:
-        parts.append(Text(f"With {job.workers.min} workers; with more, fsdp and hsdp need less each."))
+    if spec.strategy.kind == "fsdp" and job.workers.min != job.workers.max:
+        parts.append(Text(f"That is with {job.workers.min} workers; with more, each needs less."))
     parts += [Text(f"Note: {note}.") for note in resolved.notes]
     return Group(*parts)
 
