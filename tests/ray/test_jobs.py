@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from cluster.registry.store import Registry
+from cluster.runs.files import run_directories
+from cluster.runs.state import read_state
 from tests.support.running import Cluster, write_cluster
 from tests.support.tiny_tasks import ARCHITECTURE, save_base
 
@@ -112,7 +114,7 @@ def test_a_job_that_is_stopped_saves_and_goes_on_when_submitted_again(cluster: C
     stopped = cluster.manta("stop", config, "endless", "--json")
     assert stopped.returncode == 0, stopped.stderr
     assert json.loads(stopped.stdout)["state"] == "STOPPED"
-    reached = rows_of(cluster)["endless"]["step"]
+    reached = step_of(cluster, "endless")
     assert reached >= 1
     follower = subprocess.Popen(
         [sys.executable, "-m", "cluster", "train", config, "endless", "--follow"], stderr=subprocess.PIPE, text=True
@@ -124,8 +126,13 @@ def test_a_job_that_is_stopped_saves_and_goes_on_when_submitted_again(cluster: C
     assert said.splitlines()[-1] == "endless was stopped; submit it again to continue it."
 
 
+def step_of(cluster: Cluster, job: str) -> int:
+    directories = run_directories(cluster.storage, job)
+    return read_state(directories[0]).step if directories else 0
+
+
 def await_step(cluster: Cluster, job: str, step: int) -> None:
     deadline = time.monotonic() + 90
-    while (rows_of(cluster)[job]["step"] or 0) < step:
-        assert time.monotonic() < deadline, rows_of(cluster)[job]
-        time.sleep(0.5)
+    while step_of(cluster, job) < step:
+        assert time.monotonic() < deadline, step_of(cluster, job)
+        time.sleep(0.2)
