@@ -67,6 +67,20 @@ def launch(spec: RunSpec, watcher: Watcher) -> Outcome:
         ray.kill(monitor)
 
 
+def request_stop(spec: RunSpec) -> None:
+    """Have a run that is under way anywhere in the cluster save and end; nothing happens where it is not."""
+    try:
+        monitor = ray.get_actor(_name(spec), namespace=NAMESPACE)
+    except ValueError:
+        return
+    monitor.stop.remote()
+
+
+def _name(spec: RunSpec) -> str:
+    """Of the run's monitor."""
+    return f"{spec.job}/{spec.run_id}"
+
+
 def _check_slots() -> None:
     if not any(node["Resources"].get(TRAIN_SLOT) for node in ray.nodes() if node["Alive"]):
         raise PlanError(
@@ -79,7 +93,7 @@ def _check_slots() -> None:
 def _start_monitor(spec: RunSpec) -> Any:
     """The run's monitor, beside the driver and gone with it; its name keeps a second driver out."""
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
-    name = f"{spec.job}/{spec.run_id}"
+    name = _name(spec)
     actor = ray.remote(Monitor).options(name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
     try:
         bare = replace(spec, arguments=None)  # spares it the imports of a task

@@ -10,6 +10,7 @@ import msgspec
 from cluster.errors import DataError
 from cluster.runs.files import EVALUATION, LOG, SPEC
 from cluster.runs.state import RunState, read_state
+from cluster.runs.sweep import Sweep, read_sweep
 
 DATA = "data"
 MANIFEST = "manifest.json"
@@ -112,6 +113,8 @@ class RunRecord:
     settings: Mapping[str, Any]
     """What was asked for, by dotted path."""
     data: DataSummary | None
+    sweep: Sweep | None
+    """The trials of a tune job."""
 
 
 def read_run(directory: Path, storage: Path) -> RunRecord:
@@ -131,6 +134,7 @@ def read_run(directory: Path, storage: Path) -> RunRecord:
         evaluation=written or last,
         settings=flatten(_read_json(directory / SPEC, dict[str, Any]) or {}),
         data=data,
+        sweep=read_sweep(directory),
     )
 
 
@@ -155,7 +159,7 @@ def _read_log(path: Path) -> tuple[tuple[StepLine, ...], tuple[EvaluationLine, .
     for number, line in enumerate(lines[:-1], start=1):
         try:
             if b'"evaluation"' in line:
-                evaluations.append(_decode_evaluation(line))
+                evaluations.append(decode_evaluation(line))
             else:
                 steps.append(_decode_step(line))
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
@@ -164,7 +168,7 @@ def _read_log(path: Path) -> tuple[tuple[StepLine, ...], tuple[EvaluationLine, .
 
 
 _decode_step = msgspec.json.Decoder(StepLine).decode
-_decode_evaluation = msgspec.json.Decoder(EvaluationLine).decode
+decode_evaluation = msgspec.json.Decoder(EvaluationLine).decode
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

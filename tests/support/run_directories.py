@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from cluster.runs.state import AttemptState, RunState, write_state
+from cluster.runs.sweep import Sweep, Trial, write_sweep
 
 BEGAN = 1_790_000_000.0
 LABELS = ("business", "entertainment", "politics", "sport", "tech")
@@ -170,3 +171,43 @@ def _state(status: str, num_steps: int, steps_done: int) -> RunState:
     return msgspec.structs.replace(
         state, status="finished", published="newsroom@v1", attempts=(first, second), **ended
     )
+
+
+def write_sweep_run(storage: Path) -> Path:
+    """A tune job with trials of every kind of outcome; returns its directory."""
+    directory = storage / "runs" / "sweep" / "sweep-77aa01b2"
+    directory.mkdir(parents=True)
+    draw = random.Random(1)
+    trials = []
+    for number in range(1, 13):
+        rate = 10 ** draw.uniform(-5, -2.5)
+        score = 0.97 - 0.05 * abs(math.log10(rate) + 4) ** 2 - draw.uniform(0, 0.01)
+        values = {"optimizer.lr": float(f"{rate:.3g}"), "schedule": {"kind": draw.choice(["linear", "cosine"])}}
+        early = number % 3 == 0
+        trials.append(
+            Trial(
+                number=number,
+                values=values,
+                run_id=f"sweep-{number:04x}",
+                status="failed" if number == 7 else "ended early" if early else "finished",
+                step=40 if early else 160,
+                score=None if number == 7 else score,
+                error="step 12: the loss is nan; lower optimizer.lr, or look at the data" if number == 7 else None,
+                seconds=31.0 if early else 122.0,
+            )
+        )
+    best = max((trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.score or 0.0)
+    sweep = Sweep(job="sweep", varied="newsroom", search="random", metric="macro_f1", mode="max", best=best.number)
+    write_sweep(directory, msgspec.structs.replace(sweep, published="newsroom@v2", trials=tuple(trials)))
+    state = RunState(
+        run_id=directory.name,
+        job="sweep",
+        kind="tune",
+        status="finished",
+        began=BEGAN,
+        changed=BEGAN + 900,
+        ended=BEGAN + 900,
+        published="newsroom@v2",
+    )
+    write_state(directory, state)
+    return directory

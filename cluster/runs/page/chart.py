@@ -60,6 +60,8 @@ class Chart:
     """Texts of the axis of steps, and their places from the left, in percent."""
     legend: list[tuple[str, int]] = field(default_factory=list)
     """Names of lines and their colours, where there is more than one."""
+    over: str = "steps"
+    """What the horizontal axis counts."""
     readings: str = "[]"
     """JSON for the script: per line its name, and per point the place, the height and the text."""
 

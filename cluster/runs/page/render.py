@@ -18,6 +18,7 @@ from cluster.runs.page.results import (
     setting_rows,
     tiles,
 )
+from cluster.runs.page.trials import scatters, setting_names, trial_rows
 from cluster.runs.record import RunRecord
 from cluster.units import format_bytes
 
@@ -35,6 +36,10 @@ def render(record: RunRecord, *, now: float | None = None) -> str:
         made=moment(now),
         tiles=tiles(record, now),
         charts=charts(record),
+        sweep=record.sweep,
+        varied=[] if record.sweep is None else setting_names(record.sweep),
+        trials=[] if record.sweep is None else trial_rows(record.sweep),
+        scatters=[] if record.sweep is None else scatters(record.sweep),
         attempts=attempt_rows(record.state.attempts, record.state.status == "running"),
         evaluation=record.evaluation,
         metrics=metric_rows(metrics),

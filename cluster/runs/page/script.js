@@ -1,6 +1,6 @@
 "use strict";
 // Pointing at one chart reads all of them at the same step. A point is [step, place in %, height in %, text].
-const charts = [...document.querySelectorAll(".chart")].map((figure) => ({
+const charts = [...document.querySelectorAll(".chart:not([data-lines='[]'])")].map((figure) => ({
   lines: JSON.parse(figure.dataset.lines),
   plot: figure.querySelector(".plot"),
   field: figure.querySelector(".field"),

@@ -15,7 +15,7 @@ from cluster.runs.page.curves import Point, duration, percent, round_ticks, shor
 from cluster.runs.page.render import render
 from cluster.runs.record import RunRecord, StepLine, read_run
 from cluster.runs.state import read_state, write_state
-from tests.support.run_directories import BEGAN, write_data, write_run
+from tests.support.run_directories import BEGAN, write_data, write_run, write_sweep_run
 
 VOID = {"meta", "path", "br", "hr", "img", "input", "link"}
 
@@ -54,7 +54,7 @@ def page(record: RunRecord) -> Outline:
 
 def chart_titles(outline: Outline) -> list[str]:
     labels = [attributes.get("aria-label") or "" for tag, attributes in outline.elements if tag == "div"]
-    return [label.partition(" over steps")[0] for label in labels if " over steps" in label]
+    return [label.partition(" over ")[0] for label in labels if " over " in label]
 
 
 def test_a_finished_run_has_curves_data_evaluation_and_attempts(tmp_path: Path) -> None:
@@ -211,3 +211,14 @@ def test_a_chart_puts_points_where_they_belong() -> None:
     assert heights == pytest.approx([100.0, 100 - 50 / 1.06, 100 - 100 / 1.06], abs=0.01)
     assert chart.readout == "2"
     assert ("0", 100.0) in chart.ticks
+
+
+def test_a_sweep_has_a_table_of_trials_and_scores_over_its_numbers(tmp_path: Path) -> None:
+    found = page(read_run(write_sweep_run(tmp_path), tmp_path))
+    assert chart_titles(found) == ["optimizer.lr"]
+    for text in ("random search over newsroom", "largest macro_f1 first", "ended early", "failed: step 12: the loss"):
+        assert text in found.text
+    dots = [
+        attributes for tag, attributes in found.elements if tag == "path" and "dots" in (attributes["class"] or "")
+    ]
+    assert len(dots) == 11

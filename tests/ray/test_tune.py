@@ -1,0 +1,69 @@
+"""A sweep on a real Ray: the best trial finishes, a bad one ends early, one that fails does not stop the others."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.runs.files import STATE
+from cluster.runs.state import read_state
+from cluster.runs.sweep import Sweep, read_sweep
+from tests.support.raylets import Raylets
+from tests.support.tiny_sweep import STEPS, make_run
+from train_jobs.job import SpaceSpec, StopSpec, TuneSpec
+from train_jobs.trainer import committed
+from train_jobs.tuning.sweep import run_sweep
+
+pytestmark = pytest.mark.ray
+
+RATES = [0.05, 1e-6, 0.0]
+SPEC = TuneSpec(
+    name="sweep",
+    job="tiny",
+    search="grid",
+    trials=None,
+    space={"optimizer.lr": SpaceSpec(kind="choice", values=RATES)},
+    metric="loss",
+    mode="min",
+    stop=StopSpec(grace_steps=5, keep_one_of=2),
+    concurrent=1,
+    seed=0,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A storage, while there is a Ray of one node that takes one worker."""
+    raylets = Raylets()
+    try:
+        raylets.start_head(2, train_slot=1)
+        ray.init(address=raylets.address, _node_ip_address="127.0.0.2", log_to_driver=False)
+        yield tmp_path_factory.mktemp("storage")
+    finally:
+        ray.shutdown()
+        raylets.stop()
+
+
+def test_a_sweep_keeps_its_best_trial_and_goes_on_where_it_was(folder: Path) -> None:
+    seen: list[Sweep] = []
+    table = run_sweep(SPEC, partial(make_run, folder), folder / "sweep", seen.append)
+    assert table.close().values == {"optimizer.lr": 0.05}
+    good, slow, failing = table.sweep.trials
+    assert (good.status, good.step) == ("finished", STEPS)
+    assert (slow.status, slow.step) == ("ended early", 5)
+    assert failing.status == "failed"
+    assert failing.error == "step 2: the test wants no more"
+    assert read_sweep(folder / "sweep") == table.sweep == seen[-1]
+    stopped = folder / "runs" / "tiny" / str(slow.run_id)
+    assert read_state(stopped).status == "stopped"
+    step = committed.newest_step(stopped / "checkpoints")
+    assert step is not None
+    assert 5 <= step < STEPS
+
+    before = (folder / "runs" / "tiny" / str(good.run_id) / STATE).stat().st_mtime_ns
+    again = run_sweep(SPEC, partial(make_run, folder), folder / "sweep", seen.append)
+    assert again.close().score == good.score
+    assert [trial.status for trial in again.sweep.trials] == ["finished", "ended early", "failed"]
+    assert (folder / "runs" / "tiny" / str(good.run_id) / STATE).stat().st_mtime_ns == before
