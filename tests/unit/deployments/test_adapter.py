@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 from cluster.registry.adapter import FOLDER
@@ -56,6 +56,23 @@ def test_merged_at_load_equals_pefts_own_model(dora: bool, tmp_path: Path) -> No
     with torch.inference_mode():
         expected = PeftModel.from_pretrained(base, adapter)(input_ids=torch.tensor([PROMPT])).logits[0]
     torch.testing.assert_close(logits(served, [0, 2, 4]), expected, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_peft_writes_is_read(dora: bool, tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", "llama")
+    settings = LoraConfig(r=4, lora_alpha=8, use_dora=dora, target_modules="all-linear", rank_pattern={"q_proj": 2})
+    adapted = get_peft_model(base, settings)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.abs() + 0.2 * torch.rand_like(parameter)
+    adapted.save_pretrained(tmp_path / "tuned")
+    served = laid_out(tmp_path / "served", tmp_path / "base", tmp_path / "tuned")
+    with torch.inference_mode():
+        expected = adapted.eval()(input_ids=torch.tensor([PROMPT])).logits[0]
+    torch.testing.assert_close(logits(served, [0, 2, 4]), expected, atol=2e-4, rtol=1e-4)
 
 
 @needs_native
