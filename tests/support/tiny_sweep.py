@@ -14,8 +14,12 @@ STEPS = 20
 
 
 def make_run(folder: Path, values: Mapping[str, Any]) -> RunSpec:
-    """A run of one worker with ``optimizer.lr`` of the values; one whose rate is 0 refuses its third step."""
+    """A run of one worker with ``optimizer.lr`` of the values.
+
+    One whose rate is 0 refuses its third step; a tiny rate makes slow steps, so that there is something to end early.
+    """
     rate = values["optimizer.lr"]
-    spec = tiny_run(folder, f"lr-{rate}", workers=(1, 1), steps=STEPS, refuse_at=None if rate else 2)
+    mishaps = {"refuse_at": None if rate else 2, "step_s": 0.2 if 0 < rate < 1e-3 else 0.0}
+    spec = tiny_run(folder, f"lr-{rate}", workers=(1, 1), steps=STEPS, **mishaps)
     optimizer = Sgd(lr=rate, weight_decay=0.0, momentum=0.9, nesterov=False)
     return replace(spec, train=replace(spec.train, optimizer=optimizer, evaluation=EVALUATION))

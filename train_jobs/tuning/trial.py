@@ -6,7 +6,9 @@ from typing import Any
 
 from ray import tune
 
+from cluster.errors import MantaError
 from cluster.runs.files import STATE
+from cluster.runs.record import EvaluationLine
 from cluster.runs.state import read_state
 from train_jobs.job import TuneSpec
 from train_jobs.launch import launch, request_stop
@@ -34,19 +36,24 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def setup(self, config: dict[str, Any], *, spec: TuneSpec, make_run: MakeRun) -> None:
         """Of Ray Tune: the trial begins."""
         self._metric = spec.metric
-        self._run = make_run(read_values(spec, config))
-        self._score = Score(spec.metric, self._run.train)
-        self._tail = LogTail(self._run.run_dir)
-        self._pending = self._tail.new()
         self._last: dict[str, Any] = {}
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._launch, name="run", daemon=True)
+        self._pending: list[EvaluationLine] = []
+        try:
+            self._run = make_run(read_values(spec, config))
+        except MantaError as error:  # raised here, it would be told as a lost process
+            self._error = error
+            return
+        self._score = Score(spec.metric, self._run.train)
+        self._tail = LogTail(self._run.run_dir)
+        self._pending = self._tail.new()
 
     def step(self) -> dict[str, Any]:
         """Of Ray Tune: the next evaluation, or the end of the run."""
         while not self._pending:
             if self._thread.ident is None:
-                if is_finished(self._run):
+                if self._error is not None or is_finished(self._run):
                     return self._end()
                 self._thread.start()
             self._thread.join(_LOOK_EVERY_S)
