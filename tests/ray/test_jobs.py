@@ -132,7 +132,7 @@ def step_of(cluster: Cluster, job: str) -> int:
 
 
 def await_step(cluster: Cluster, job: str, step: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while step_of(cluster, job) < step:
         assert time.monotonic() < deadline, step_of(cluster, job)
         time.sleep(0.2)
