@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from cluster.plan.types import Dtype, Kernels, ModelFacts, Quantization
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-QUANTIZED_BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
+QUANTIZED_BITS: dict[Quantization, int] = {"int8": 8, "int4": 5}
+"""Of a weight; with int4, 32 of them share a grid of 32 bits."""
 _HEAD_BITS = 8
-_GROUP_SIZE = 32
-"""4-bit weights that share one grid, of four bytes; 8-bit ones share one of four by the row."""
-_GRID_BYTES = 4
+_SCALE_BYTES = 4
+"""Of a row of 8-bit weights."""
 _FLOAT32_BYTES = 4
 _KEY_LANE = 32
 _BF16_INPUT = 2
@@ -71,9 +71,9 @@ def weight_bytes(
 
 
 def _quantized_bytes(num_params: int, bits: int, row: int) -> int:
-    """Packed integers and their grids, in rows of ``row``: longer ones have fewer."""
-    group = row if bits == 8 else _GROUP_SIZE
-    return num_params * bits // 8 + -(-num_params // group) * _GRID_BYTES
+    """Packed integers, and with 8 bits the scales of rows of ``row``: longer ones have fewer."""
+    scales = -(-num_params // row) * _SCALE_BYTES if bits == 8 else 0
+    return num_params * bits // 8 + scales
 
 
 def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype, kernels: Kernels = "torch") -> int:

@@ -52,7 +52,7 @@ def test_they_share_the_application_of_their_base():
 def test_their_memory_is_counted_in_float32(quantization: str):
     plan, without = (build_plan(config(m + quantization), VERSIONS, "digest") for m in (BESIDE, SMOLLM2))
     sizes = [sum(stage.weight_bytes for stage in p.models[0].args.stages) for p in (plan, without)]
-    assert sizes[0] - sizes[1] == pytest.approx(2 * 4 * 3_000_000, rel=0.07)  # scales of 4 bits are counted too
+    assert sizes[0] - sizes[1] == pytest.approx(2 * 4 * 3_000_000, rel=0.001)
 
 
 @pytest.mark.parametrize(
