@@ -114,7 +114,10 @@ def jobs_view(cluster: str, statuses: Sequence[JobStatus]) -> RenderableType:
 
 
 def _when(seconds: float | None) -> str:
-    return "" if seconds is None else time.strftime("%m-%d %H:%M", time.localtime(seconds))
+    if seconds is None:
+        return ""
+    then = time.localtime(seconds)
+    return time.strftime("%H:%M" if then[:3] == time.localtime()[:3] else "%m-%d", then)
 
 
 def _took(each: JobStatus) -> str:
