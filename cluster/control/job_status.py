@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich import box
@@ -14,9 +14,11 @@ from cluster.config.schema import ClusterConfig
 from cluster.control.jobs import Submission, newest
 from cluster.errors import DataError
 from cluster.plan.jobs import plan_jobs
-from cluster.runs.files import run_directories
+from cluster.runs.files import data_directory, run_directories
 from cluster.runs.state import RunState, read_state
 from cluster.units import format_duration
+
+_NEVER = "never run"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +44,24 @@ class JobStatus:
 def job_statuses(config: ClusterConfig, found: Sequence[Submission]) -> list[JobStatus]:
     """Every job of the config, in its order; ``found`` are its cluster's submissions, oldest first."""
     storage = Path(config.storage_root.removeprefix("file://"))
-    return [
+    statuses = [
         _status(plan.name, plan.kind, plan.task, newest(found, plan.name), _last_run(storage, plan.name))
         for plan in plan_jobs(config)
     ]
+    return [_with_data(each, storage) for each in statuses]
 
 
 def submitted_jobs(found: Sequence[Submission]) -> list[JobStatus]:
     """Every job that was submitted to a cluster, by whatever config; what it makes is not known here."""
     last = {(each.cluster, each.job): each for each in found}
     return [_status(f"{cluster}/{job}", "", "", each, None) for (cluster, job), each in last.items()]
+
+
+def _with_data(status: JobStatus, storage: Path) -> JobStatus:
+    """A prepare job that never ran by itself may have been done by the job that needed its data."""
+    if status.state == _NEVER and any(data_directory(storage, status.job).glob("*/manifest.json")):
+        return replace(status, state="prepared")
+    return status
 
 
 def _last_run(storage: Path, job: str) -> RunState | None:
@@ -63,7 +73,7 @@ def _last_run(storage: Path, job: str) -> RunState | None:
 
 
 def _status(job: str, kind: str, task: str, last: Submission | None, run: RunState | None) -> JobStatus:
-    state = "never run" if last is None else last.state.lower()
+    state = _NEVER if last is None else last.state.lower()
     if last is None and run is not None:
         state = "interrupted" if run.status == "running" else run.status
     began = last.began_s if last is not None else run.began if run is not None else None

@@ -21,6 +21,11 @@ def job_directory(storage: Path, job: str) -> Path:
     return storage / RUNS / job
 
 
+def data_directory(storage: Path, job: str) -> Path:
+    """Where all that a prepare job made lies, a directory for each digest."""
+    return storage / "data" / job
+
+
 def run_directories(storage: Path, job: str) -> list[Path]:
     """The runs of a job that have a state, the one that was changed last first."""
     root = job_directory(storage, job)

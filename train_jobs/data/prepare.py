@@ -22,6 +22,7 @@ from cluster.registry.progress import Progress, no_progress
 from cluster.registry.sources.lock import import_lock
 from cluster.registry.store import Registry
 from cluster.registry.tree import file_sha256, remove_folder
+from cluster.runs.files import data_directory
 from train_jobs.data.chunking import Chunk, cut
 from train_jobs.data.executors import Executor
 from train_jobs.data.fetching import Found, fetch
@@ -115,7 +116,7 @@ def _data_root(storage: str, name: str) -> Path:
             f"storage {storage!r}: prepared data is mapped into memory, so it needs an absolute path that all "
             "workers see; write the path of a (shared) folder"
         )
-    return root / "data" / name
+    return data_directory(root, name)
 
 
 def _check_spec(spec: PrepareSpec) -> None:

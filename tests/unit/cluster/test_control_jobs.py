@@ -17,7 +17,7 @@ from rich.console import Console
 from cluster.cli import main
 from cluster.control.code import code_digest
 from cluster.control.follow import TerminalView
-from cluster.runs.files import job_directory
+from cluster.runs.files import data_directory, job_directory
 from cluster.runs.progress import Progress, read_progress
 from cluster.runs.state import RunState, write_state
 from tests.support.fake_job_server import FakeJobServer
@@ -153,6 +153,9 @@ def test_jobs_are_listed_with_their_runs(
         ("days", "never run"),
         ("forecast", "never run"),
     ]
+    prepared = data_directory(yaml.parent / "storage", "days") / "0123456789ab"
+    prepared.mkdir(parents=True)
+    (prepared / "manifest.json").touch()
     run = job_directory(yaml.parent / "storage", "forecast") / "forecast-1"
     run.mkdir(parents=True)
     state = RunState(
@@ -168,6 +171,7 @@ def test_jobs_are_listed_with_their_runs(
     row = next(line for line in shown.splitlines() if line.startswith(" forecast"))
     assert row.split()[:4] == ["forecast", "train", "lm", "failed"]
     assert {"120/300", "1m", "00s"} <= set(row.split())
+    assert "prepared" in next(line for line in shown.splitlines() if line.startswith(" days"))
     assert "forecast: disk is full" in shown
     assert max(len(line) for line in shown.splitlines()) <= 80
 
