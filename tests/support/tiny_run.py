@@ -117,7 +117,7 @@ def tiny_run(
         train=tiny_spec(
             strategy=Ddp(),
             # gentle, so that roundings, which depend on the number of workers, do not grow
-            optimizer=Sgd(lr=0.05, weight_decay=0.0, momentum=0.9, nesterov=False),
+            optimizer=Sgd(lr=0.01, weight_decay=0.0, momentum=0.9, nesterov=False),
             duration=DurationSpec(kind="steps", amount=steps),
             checkpoint=CheckpointSpec(every_steps=5, keep_last=2, keep_best=0),
         ),
