@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
-from transformers.utils import logging as transformers_logging
 
 from deployments.runtime.adapter import merge_adapter
+from deployments.runtime.loading import load_model
 from deployments.runtime.padding import pad
 from deployments.runtime.support import UnsupportedModelError
 
@@ -22,7 +22,6 @@ class ClassifierRunner:
 
     def __init__(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> None:
         """Load it; UnsupportedModelError for a head of regression, ValueError when tensors are missing."""
-        transformers_logging.disable_progress_bar()
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         if config.problem_type == "regression":
             raise UnsupportedModelError(f"{directory}: a head of regression (problem_type) gives no probabilities")
@@ -30,19 +29,9 @@ class ClassifierRunner:
         self._labels_exclude_each_other = config.problem_type != "multi_label_classification"
         self._device = device
         self._padding_id: int | None = config.get_text_config().pad_token_id
-        self.model, info = AutoModelForSequenceClassification.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            device_map={"": device},
+        self.model = load_model(
+            AutoModelForSequenceClassification, directory, config, dtype=dtype, device=device, attention="sdpa"
         )
-        if info["missing_keys"]:
-            raise ValueError(f"{directory} lacks the tensors {', '.join(sorted(info['missing_keys']))}")
-        self.model.eval().requires_grad_(False)
         merge_adapter(directory, self.model)
 
     @property

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
-from transformers.utils import logging as transformers_logging
 
 from deployments.runtime.adapter import merge_adapter
+from deployments.runtime.loading import load_model
 from deployments.runtime.padding import pad
 from deployments.runtime.support import UnsupportedModelError
 
@@ -85,25 +85,13 @@ class EncoderRunner:
     """The model with its pooling. Not thread-safe."""
 
     def __init__(self, directory: Path, *, dtype: torch.dtype, device: torch.device) -> None:
-        transformers_logging.disable_progress_bar()
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         self._pooling = read_pooling(directory)
         self._device = device
         self._padding_id = getattr(config, "pad_token_id", None) or 0
-        self.model, info = AutoModel.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            device_map={"": device},
+        self.model = load_model(
+            AutoModel, directory, config, dtype=dtype, device=device, attention="sdpa", may_lack="pooler."
         )
-        missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-        if missing:
-            raise ValueError(f"{directory} lacks the tensors {', '.join(missing)}")
-        self.model.eval().requires_grad_(False)
         merge_adapter(directory, self.model)
 
     @property

@@ -9,11 +9,11 @@ from typing import cast
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from deployments.runtime import attention
 from deployments.runtime.adapter import merge_adapter
 from deployments.runtime.cutting import PassThrough, check_passes_hidden_through, plan_parts
+from deployments.runtime.loading import load_model
 from deployments.runtime.quantize import Quantization
 from deployments.runtime.rounding import round_weights
 from deployments.runtime.settings import StageSlice
@@ -38,20 +38,8 @@ def load_stage(
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     num_stages = 1 if part.is_first and part.is_last else 2
     check_supported(config, context_tokens=context_tokens, num_stages=num_stages)
-    transformers_logging.disable_progress_bar()
-    model, info = _cut_class(config, part).from_pretrained(
-        directory,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attention.NAME,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        device_map={"": device},
-    )
-    if info["missing_keys"]:
-        raise ValueError(f"{directory} lacks the tensors {', '.join(sorted(info['missing_keys']))}")
-    model.eval().requires_grad_(False)
+    cut_class = _cut_class(config, part)
+    model = load_model(cut_class, directory, config, dtype=dtype, device=device, attention=attention.NAME)
     merge_adapter(directory, model, range(part.start, part.stop))
     if quantization is not None:
         round_weights(model, quantization)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from cluster.errors import DataError
 from tests.support.corpora import input_of, job, save_tokenizer
+from tests.support.raylets import Raylets
 from train_jobs.data import chunking
 from train_jobs.data.executors import InlineExecutor
 from train_jobs.data.prepare import prepare, prepared_directory
@@ -19,11 +19,13 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    raylets = Raylets()
     try:
+        raylets.start_head(2)
+        raylets.connect()
         yield
     finally:
-        ray.shutdown()
+        raylets.stop()
 
 
 def corpus(folder: Path, *, bad_line: int | None = None) -> PrepareSpec:

@@ -41,7 +41,7 @@ def raylets() -> Iterator[Raylets]:
     try:
         raylets.start_head(1, train_slot=1, a=1)
         raylets.add_node(1, train_slot=1, b=1)
-        ray.init(address=raylets.address, _node_ip_address="127.0.0.2", log_to_driver=False)
+        raylets.connect()
         yield raylets
     finally:
         raylets.stop()

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import ray
 
 from cluster.runs.files import STATE
 from cluster.runs.state import read_state
@@ -39,10 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     raylets = Raylets()
     try:
         raylets.start_head(2, train_slot=1)
-        ray.init(address=raylets.address, _node_ip_address="127.0.0.2", log_to_driver=False)
+        raylets.connect()
         yield tmp_path_factory.mktemp("storage")
     finally:
-        ray.shutdown()
         raylets.stop()
 
 

@@ -3,6 +3,7 @@
 Each has a loopback address of its own, 127.0.0.2 and so on: Ray replaces 127.0.0.1 by one that others can reach.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from tests.support.running import Cluster, free_ports
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _START_TIMEOUT_S = 120.0
 _MAX_STARTS = 4
+_connections = itertools.count()
 
 
 class NodeFailedError(Exception):
@@ -44,6 +46,17 @@ class Raylets:
         self._client_port = client_port
         self._head: subprocess.Popen[bytes] | None = None
         self._started: list[subprocess.Popen[bytes]] = []
+
+    def connect(self) -> None:
+        """Make this process a driver, with a job number that no earlier cluster gave to it.
+
+        An actor's id follows from the number of its job alone: a handle to an actor of an earlier cluster that is
+        collected late would take away the only reference to the actor of the same id here.
+        """
+        for _ in range(next(_connections)):
+            ray.init(address=self.address, _node_ip_address="127.0.0.2", log_to_driver=False)
+            ray.shutdown()
+        ray.init(address=self.address, _node_ip_address="127.0.0.2", log_to_driver=False)
 
     @property
     def dashboard_url(self) -> str:
