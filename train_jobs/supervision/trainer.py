@@ -6,6 +6,7 @@ from typing import Any
 
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from train_jobs.run_spec import RunSpec
 from train_jobs.supervision.policies import RestartPolicy, RoomPolicy
@@ -30,6 +31,11 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
             ),
             run_config=RunConfig(name=spec.run_id, storage_path=str(spec.run_dir.parent)),
         )
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Of Ray: without a process for Ray Data in every attempt; workers read their shards by index, on their own."""
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
         """Of Ray: starts the controller with these arguments."""
