@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.config.load import load_config
 from cluster.errors import UsageError
-from cluster.runs.files import REPORT, job_directory, newest_run, run_directories
+from cluster.runs.files import REPORT, job_directory, newest_run, run_directories, storage_directory
 from cluster.runs.page.render import render
 from cluster.runs.record import read_run
 
@@ -26,7 +26,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the parsed command; the exit status. Deliberate errors pass through."""
-    storage = _local(load_config(args.config).storage_root)
+    storage = storage_directory(load_config(args.config).storage_root)
     directory = _run_directory(storage, args.job, args.run_id)
     record = read_run(directory, storage)
     path = args.out or directory / REPORT
@@ -37,13 +37,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         sys.stdout.write(f"{record.state.run_id}, {record.state.status}: {path}\n")
     return 0
-
-
-def _local(storage_root: str) -> Path:
-    path = storage_root.removeprefix("file://")
-    if "://" in path:
-        raise UsageError(f"storage {storage_root} is not on this machine; runs are read from a directory")
-    return Path(path)
 
 
 def _run_directory(storage: Path, job: str, run_id: str | None) -> Path:

@@ -2,6 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -12,6 +15,11 @@ def write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_json_durably(path: Path, value: Any) -> None:
+    """The same with what msgspec can encode, indented for people."""
+    write_durably(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.plan.jobs import JobPlan
-from train_jobs.data.manifest import Manifest, SplitEntry
+from cluster.runs.prepared import Manifest, SplitEntry
 from train_jobs.data.spec import PrepareSpec
 
 NAME_COLUMNS = 16

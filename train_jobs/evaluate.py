@@ -14,19 +14,18 @@ from torch import nn
 
 from cluster.config.schema import ClusterConfig
 from cluster.control.report import Report
-from cluster.durable import write_durably
+from cluster.durable import write_json_durably
 from cluster.errors import MantaError, PlanError
 from cluster.plan.jobs import JobPlan, plan_job
 from cluster.plan.types import Task as ServedTask
 from cluster.registry.materialize import materialize
 from cluster.registry.store import Registry
-from cluster.runs.files import EVALUATION, SPEC, job_directory
-from cluster.runs.record import DATA, Evaluation
+from cluster.runs.files import EVALUATION, SPEC, prepared_directory, run_directory, storage_directory
+from cluster.runs.prepared import TOKENIZER_FOLDER, Manifest
+from cluster.runs.record import Evaluation
 from cluster.runs.state import RunState, write_state
 from train_jobs.bases import find_version
 from train_jobs.data.fitting import check_fits
-from train_jobs.data.manifest import TOKENIZER_FOLDER, Manifest
-from train_jobs.data.prepare import prepared_directory
 from train_jobs.data.shards import Shards
 from train_jobs.data_tables import pairs
 from train_jobs.job import EvaluateSpec, read_evaluate
@@ -44,7 +43,6 @@ _SERVED_AS: dict[str, ServedTask] = {"lm": "generate", "sft": "generate", "class
 """As what a model from outside the registry is imported."""
 _ADDRESS = "RAY_ADDRESS"
 """Where a submitted job finds its cluster."""
-_RUN_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +109,7 @@ def _find(config: ClusterConfig, plan: JobPlan, report: Report) -> Found:
     registry = Registry(config.storage_root)
     version = find_version(spec.model, spec.name, _SERVED_AS[spec.task], config.models, registry, report.progress)
     manifest = run_prepare(plan_job(config, spec.data), config.storage_root, report.progress)
-    directory = prepared_directory(config.storage_root, spec.data, manifest.digest)
+    directory = prepared_directory(storage_directory(config.storage_root), spec.data, manifest.digest)
     checkpoint = Checkpoint(
         directory=materialize(registry, version, progress=report.progress), name=f"registry://{version.reference}"
     )
@@ -198,8 +196,8 @@ class _Run:
     def __init__(self, config: ClusterConfig, plan: JobPlan, found: Found) -> None:
         defining = {"model": found.model, "data": found.manifest.digest, "split": found.measurement.split}
         digest = hashlib.sha256(msgspec.json.encode(defining, order="deterministic")).hexdigest()
-        storage = Path(config.storage_root.removeprefix("file://"))
-        self._directory = job_directory(storage, plan.name) / f"{plan.name}-{digest[:_RUN_DIGITS]}"
+        storage = storage_directory(config.storage_root)
+        self._directory = run_directory(storage, plan.name, digest)
         self._directory.mkdir(parents=True, exist_ok=True)
         now = time.time()
         self._state = RunState(
@@ -209,15 +207,15 @@ class _Run:
             status="running",
             began=now,
             changed=now,
-            data_directory=found.measurement.data.relative_to(storage / DATA).as_posix(),
+            data_directory=found.measurement.data.relative_to(storage).as_posix(),
             notes=(f"{found.model} on {_data_words(found)}",),
         )
-        self._write(SPEC, plan.spec | {"model": found.model})
+        write_json_durably(self._directory / SPEC, plan.spec | {"model": found.model})
         write_state(self._directory, self._state)
 
     def done(self, metrics: dict[str, Any]) -> Path:
         """Keep the metrics; where."""
-        self._write(EVALUATION, msgspec.to_builtins(Evaluation(metrics=metrics)))
+        write_json_durably(self._directory / EVALUATION, Evaluation(metrics=metrics))
         self._end(status="finished")
         return self._directory
 
@@ -228,6 +226,3 @@ class _Run:
     def _end(self, **values: Any) -> None:
         now = time.time()
         write_state(self._directory, msgspec.structs.replace(self._state, changed=now, ended=now, **values))
-
-    def _write(self, name: str, values: Any) -> None:
-        write_durably(self._directory / name, msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")

@@ -10,15 +10,14 @@ import msgspec
 
 from cluster.errors import PlanError
 from cluster.plan.jobs import JobPlan
-from cluster.runs.files import job_directory
-from train_jobs.data.manifest import Task
+from cluster.runs import files
+from cluster.runs.prepared import Task
 from train_jobs.data.spec import PrepareSpec
 from train_jobs.tasks.spec import AdapterSpec
 from train_jobs.trainer.spec import TrainSpec, defining_fields, read_train_spec
 
 UNKNOWN_DIGEST = ""
 """Of data that are not prepared yet."""
-_RUN_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,13 +206,8 @@ def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != name}
 
 
-def run_id(job: JobSpec, base_version: str) -> str:
-    """Name of the run's directory: the job's, and the beginning of the digest of what defines the result."""
+def run_directory(storage: str, job: JobSpec, base_version: str) -> Path:
+    """Where the run lies; PlanError before the data are prepared."""
     if job.training.data_digest == UNKNOWN_DIGEST:
         raise PlanError(f"jobs.{job.name}: data {job.data} are not prepared yet; run {job.data} first")
-    return f"{job.name}-{run_digest(job, base_version)[:_RUN_DIGITS]}"
-
-
-def run_directory(storage: str, job: JobSpec, base_version: str) -> Path:
-    """``<storage>/runs/<job>/<run id>``, on this machine's file system."""
-    return job_directory(Path(storage.removeprefix("file://")).expanduser(), job.name) / run_id(job, base_version)
+    return files.run_directory(files.storage_directory(storage), job.name, run_digest(job, base_version))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_jobs.data.manifest import SIDES, read_manifest
+from cluster.runs.prepared import SIDES, read_manifest
 from train_jobs.data.shards import Shards
 from train_jobs.materials import Materials
 from train_jobs.tasks.build import build_task

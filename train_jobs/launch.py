@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
-import msgspec
 import ray
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.nodes import TRAIN_SLOT
-from cluster.durable import write_durably
+from cluster.durable import write_json_durably
 from cluster.errors import PlanError
 from cluster.runs.files import SPEC, STATE
 from cluster.runs.state import RunState, read_state
@@ -59,7 +58,7 @@ def launch(spec: RunSpec, watcher: Watcher) -> Outcome:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     spec.run_dir.mkdir(parents=True, exist_ok=True)
-    write_durably(spec.run_dir / SPEC, msgspec.json.format(msgspec.json.encode(spec.settings), indent=2) + b"\n")
+    write_json_durably(spec.run_dir / SPEC, spec.settings)
     monitor = _start_monitor(spec)
     try:
         return _follow(spec, monitor, watcher)

@@ -10,9 +10,10 @@ from cluster.control.report import Report
 from cluster.errors import ControlError
 from cluster.plan.jobs import JobPlan
 from cluster.registry.progress import Progress, no_progress
+from cluster.runs.files import prepared_directory, storage_directory
+from cluster.runs.prepared import Manifest
 from train_jobs.data.executors import Executor, InlineExecutor
-from train_jobs.data.manifest import Manifest
-from train_jobs.data.prepare import find_current, prepare, prepared_directory
+from train_jobs.data.prepare import find_current, prepare
 from train_jobs.data.ray_executor import RayDataExecutor
 from train_jobs.data_tables import data_view, prepare_view
 from train_jobs.job import read_prepare
@@ -34,7 +35,7 @@ def look(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
 
 
 def _shown(config: ClusterConfig, plan: JobPlan, manifest: Manifest) -> Shown:
-    directory = prepared_directory(config.storage_root, plan.name, manifest.digest)
+    directory = prepared_directory(storage_directory(config.storage_root), plan.name, manifest.digest)
     values = {"job": plan.name, "directory": str(directory), "manifest": msgspec.to_builtins(manifest)}
     return Shown(view=data_view(manifest), values=values)
 

@@ -15,12 +15,13 @@ import ray
 import torch
 
 from cluster.config.models import Task as ModelTask
-from cluster.durable import write_durably
+from cluster.durable import write_json_durably
 from cluster.registry.manifest import Lineage, ModelVersion, VersionSpec
 from cluster.registry.sources.importer import SAFETENSORS_DTYPES
 from cluster.registry.sources.screen import read_header_file, screen
 from cluster.registry.store import Registry
 from cluster.runs.files import EVALUATION
+from cluster.runs.record import Evaluation
 from cluster.runs.state import RunState, read_state, write_state
 from train_jobs.materials import Materials, gather
 from train_jobs.requirements import missed
@@ -77,8 +78,7 @@ def publish_run(spec: RunSpec, plan: PublishPlan, result: TrainResult) -> Publis
     except Exception as error:
         _note(spec, None, (f"not published: {error}",))
         raise
-    content = msgspec.json.encode({"step": done.step, "metrics": done.metrics})
-    write_durably(spec.run_dir / EVALUATION, msgspec.json.format(content, indent=2) + b"\n")
+    write_json_durably(spec.run_dir / EVALUATION, Evaluation(step=done.step, metrics=dict(done.metrics)))
     _note(spec, done.version, tuple(f"not published: {sentence}" for sentence in done.missed))
     return done
 

@@ -9,11 +9,12 @@ from cluster.errors import PlanError
 from cluster.plan.jobs import JobPlan, plan_job
 from cluster.registry.progress import Progress
 from cluster.registry.store import Registry
+from cluster.runs.files import prepared_directory, storage_directory
+from cluster.runs.prepared import TOKENIZER_FOLDER, Manifest
 from cluster.units import format_bytes
 from train_jobs.bases import FoundBase, find_base
 from train_jobs.data.fitting import check_fits
-from train_jobs.data.manifest import TOKENIZER_FOLDER, Manifest
-from train_jobs.data.prepare import find_current, prepared_directory
+from train_jobs.data.prepare import find_current
 from train_jobs.data.spec import PrepareSpec
 from train_jobs.data.tokenizer import find_tokenizer
 from train_jobs.job import UNKNOWN_DIGEST, JobSpec, read_job, read_prepare, run_directory
@@ -68,7 +69,9 @@ def look_at_data(config: ClusterConfig, plan: JobPlan, progress: Progress) -> Da
 
 def data_of(config: ClusterConfig, spec: PrepareSpec, manifest: Manifest | None) -> Data:
     """Data with this manifest, which is None before they are prepared."""
-    directory = None if manifest is None else prepared_directory(config.storage_root, spec.name, manifest.digest)
+    if manifest is None:
+        return Data(spec=spec, manifest=None, directory=None)
+    directory = prepared_directory(storage_directory(config.storage_root), spec.name, manifest.digest)
     return Data(spec=spec, manifest=manifest, directory=directory)
 
 

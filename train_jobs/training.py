@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 
@@ -12,6 +11,7 @@ from cluster.control.code import code_digest, git_commit
 from cluster.control.report import Report
 from cluster.plan.jobs import JobPlan, plan_job
 from cluster.registry.manifest import Lineage
+from cluster.runs.files import storage_directory
 from cluster.runs.progress import Progress
 from cluster.runs.state import RunState, read_state
 from train_jobs.job import read_prepare, run_digest
@@ -88,7 +88,7 @@ def run_spec(config: ClusterConfig, resolved: Resolved) -> RunSpec:
     job, data = resolved.job, resolved.data
     assert resolved.run_dir is not None
     assert data.directory is not None
-    storage = Path(config.storage_root.removeprefix("file://"))
+    storage = storage_directory(config.storage_root)
     return RunSpec(
         job=job.name,
         run_dir=resolved.run_dir,

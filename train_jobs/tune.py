@@ -12,14 +12,14 @@ import msgspec
 
 from cluster.config.schema import ClusterConfig
 from cluster.control.report import Report
-from cluster.durable import write_durably
+from cluster.durable import write_json_durably
 from cluster.errors import MantaError
 from cluster.plan.jobs import JobPlan, plan_job, plan_trial
 from cluster.registry.progress import no_progress
-from cluster.runs.files import SPEC, job_directory
+from cluster.runs.files import SPEC, prepared_directory, run_directory, storage_directory
+from cluster.runs.prepared import Manifest
 from cluster.runs.state import RunState, write_state
 from cluster.runs.sweep import Sweep, Trial
-from train_jobs.data.manifest import Manifest
 from train_jobs.job import TuneSpec, read_prepare, read_tune
 from train_jobs.launch import launch
 from train_jobs.preparing import connect, run_prepare
@@ -34,7 +34,6 @@ from train_jobs.tuning.trials import Table
 from train_jobs.tuning.view import points_view, sweep_view, value_text
 
 TRIALS = "trials"
-_RUN_DIGITS = 12
 _FREE_TO_CHANGE = ("name", "trials", "concurrent")
 """Settings of a sweep that do not make it another one: with more trials it goes on."""
 
@@ -45,7 +44,7 @@ def run(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
     connect(f"jobs.{plan.name}")
     manifest = run_prepare(plan_job(config, plan.data), config.storage_root, report.progress)
     directory = _directory(config, spec, manifest)
-    state = _SweepState(directory, spec, plan, manifest)
+    state = _SweepState(directory, spec, plan, _data(config, plan, manifest))
     make_run = partial(trial_run, config, spec, manifest, directory)
     lines = TrialLines(report)
     try:
@@ -106,17 +105,22 @@ def _directory(config: ClusterConfig, spec: TuneSpec, manifest: Manifest) -> Pat
     sweep = {name: value for name, value in msgspec.to_builtins(spec).items() if name not in _FREE_TO_CHANGE}
     defining = {"sweep": sweep, "job": plan_job(config, spec.job).spec, "data": manifest.digest}
     digest = hashlib.sha256(msgspec.json.encode(defining, order="deterministic")).hexdigest()
-    storage = Path(config.storage_root.removeprefix("file://"))
-    return job_directory(storage, spec.name) / f"{spec.name}-{digest[:_RUN_DIGITS]}"
+    return run_directory(storage_directory(config.storage_root), spec.name, digest)
+
+
+def _data(config: ClusterConfig, plan: JobPlan, manifest: Manifest) -> str:
+    """Where the prepared data lie, relative to the storage."""
+    storage = storage_directory(config.storage_root)
+    return prepared_directory(storage, plan.data, manifest.digest).relative_to(storage).as_posix()
 
 
 class _SweepState:
     """The sweep's own ``state.json`` and ``spec.json``."""
 
-    def __init__(self, directory: Path, spec: TuneSpec, plan: JobPlan, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, spec: TuneSpec, plan: JobPlan, data: str) -> None:
+        """``data`` is the prepared data's directory, relative to the storage."""
         directory.mkdir(parents=True, exist_ok=True)
-        content = msgspec.json.format(msgspec.json.encode(plan.spec), indent=2) + b"\n"
-        write_durably(directory / SPEC, content)
+        write_json_durably(directory / SPEC, plan.spec)
         now = time.time()
         self._directory = directory
         self._state = RunState(
@@ -126,7 +130,7 @@ class _SweepState:
             status="running",
             began=now,
             changed=now,
-            data_directory=f"{plan.data}/{manifest.digest[:_RUN_DIGITS]}",
+            data_directory=data,
         )
         write_state(directory, self._state)
 

@@ -14,7 +14,7 @@ from cluster.config.schema import ClusterConfig
 from cluster.control.jobs import Submission, newest
 from cluster.errors import DataError
 from cluster.plan.jobs import plan_jobs
-from cluster.runs.files import data_directory, run_directories
+from cluster.runs.files import MANIFEST, data_directory, run_directories, storage_directory
 from cluster.runs.state import RunState, read_state
 from cluster.units import format_duration
 
@@ -43,7 +43,9 @@ class JobStatus:
 
 def job_statuses(config: ClusterConfig, found: Sequence[Submission]) -> list[JobStatus]:
     """Every job of the config, in its order; ``found`` are its cluster's submissions, oldest first."""
-    storage = Path(config.storage_root.removeprefix("file://"))
+    if not config.jobs:
+        return []
+    storage = storage_directory(config.storage_root)
     statuses = [
         _status(plan.name, plan.kind, plan.task, newest(found, plan.name), _last_run(storage, plan.name))
         for plan in plan_jobs(config)
@@ -59,7 +61,7 @@ def submitted_jobs(found: Sequence[Submission]) -> list[JobStatus]:
 
 def _with_data(status: JobStatus, storage: Path) -> JobStatus:
     """A prepare job that never ran by itself may have been done by the job that needed its data."""
-    if status.state == _NEVER and any(data_directory(storage, status.job).glob("*/manifest.json")):
+    if status.state == _NEVER and any(data_directory(storage, status.job).glob(f"*/{MANIFEST}")):
         return replace(status, state="prepared")
     return status
 

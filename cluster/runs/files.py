@@ -1,4 +1,7 @@
-"""Where the runs of jobs lie: storage and a job in, run directories out.
+"""Where jobs keep what they make: storage and a job in, the directories of its data and of its runs out.
+
+<storage>/data/<job>/<digest>/
+  manifest.json    what a prepare job made (prepared.py); written last
 
 <storage>/runs/<job>/<run id>/
   spec.json        what was asked for, resolved
@@ -12,18 +15,43 @@ from pathlib import Path
 
 from cluster.errors import UsageError
 
-RUNS = "runs"
+MANIFEST = "manifest.json"
 SPEC, STATE, LOG, EVALUATION, REPORT = "spec.json", "state.json", "log.jsonl", "evaluation.json", "report.html"
+
+
+_DIGITS = 12
+"""Of a digest, enough to tell the runs and the data of one job apart."""
+
+
+def storage_directory(storage: str) -> Path:
+    """The directory that a config's storage is; UsageError when it is none."""
+    path = Path(storage.removeprefix("file://")).expanduser()
+    if not path.is_absolute():
+        raise UsageError(
+            f"storage {storage} is no directory, which jobs need for data and runs; write an absolute path that all "
+            "nodes share"
+        )
+    return path
 
 
 def job_directory(storage: Path, job: str) -> Path:
     """Where all runs of a job lie."""
-    return storage / RUNS / job
+    return storage / "runs" / job
+
+
+def run_directory(storage: Path, job: str, digest: str) -> Path:
+    """Where the run of a job lies; the digest is over all that decides its result, so that equal runs are one."""
+    return job_directory(storage, job) / f"{job}-{digest[:_DIGITS]}"
 
 
 def data_directory(storage: Path, job: str) -> Path:
     """Where all that a prepare job made lies, a directory for each digest."""
     return storage / "data" / job
+
+
+def prepared_directory(storage: Path, job: str, digest: str) -> Path:
+    """Where data of a prepare job with this digest lie, once they are prepared."""
+    return data_directory(storage, job) / digest[:_DIGITS]
 
 
 def run_directories(storage: Path, job: str) -> list[Path]:

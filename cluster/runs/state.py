@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from cluster.durable import write_durably
+from cluster.durable import write_json_durably
 from cluster.errors import DataError
 from cluster.runs.files import STATE
 
@@ -71,4 +71,4 @@ def read_state(run_dir: Path) -> RunState:
 
 def write_state(run_dir: Path, state: RunState) -> None:
     """Replace the state of a run as a whole."""
-    write_durably(run_dir / STATE, msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
+    write_json_durably(run_dir / STATE, state)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from cluster.durable import write_durably
+from cluster.durable import write_json_durably
 from cluster.errors import DataError
 
 TUNE = "tune.json"
@@ -60,7 +60,7 @@ def ranked(sweep: Sweep) -> list[Trial]:
 
 def write_sweep(directory: Path, sweep: Sweep) -> None:
     """Replace ``tune.json`` as a whole."""
-    write_durably(directory / TUNE, msgspec.json.format(msgspec.json.encode(sweep), indent=2) + b"\n")
+    write_json_durably(directory / TUNE, sweep)
 
 
 def read_sweep(directory: Path) -> Sweep | None:

@@ -26,13 +26,13 @@ from cluster.config.schema import ClusterConfig
 from cluster.plan.jobs import plan_job
 from cluster.registry.progress import no_progress
 from cluster.registry.store import Registry
-from cluster.runs.files import newest_run
+from cluster.runs.files import newest_run, prepared_directory, storage_directory
+from cluster.runs.prepared import BadRow, Manifest
 from cluster.runs.record import read_run
 from train_jobs.data.chunking import cut
 from train_jobs.data.cleaning import Example, Malformed, make_example
 from train_jobs.data.fetching import fetch
-from train_jobs.data.manifest import BadRow, Manifest, read_manifest
-from train_jobs.data.prepare import find_prepared
+from train_jobs.data.prepare import find_current
 from train_jobs.data.reading import read_chunk
 from train_jobs.data.shards import Shards
 from train_jobs.data.spec import PrepareSpec
@@ -151,9 +151,11 @@ def main() -> None:
     plan = plan_job(config, args.job)
     if plan.task != "classify":
         raise SystemExit(f"{args.job} is a job of task {plan.task}; this compares classifiers")
-    directory = find_prepared(config.storage_root, plan.data)
-    manifest = read_manifest(directory)
     spec = read_prepare(plan_job(config, plan.data))
+    manifest = find_current(spec, config.storage_root)
+    if manifest is None:
+        raise SystemExit(f"{plan.data} are not prepared yet; run {plan.data} or {args.job} first")
+    directory = prepared_directory(storage_directory(config.storage_root), plan.data, manifest.digest)
     scores = [
         baseline("TF-IDF + linear, whole documents", whole_documents(spec, manifest, config.storage_root)),
         baseline(f"TF-IDF + linear, {manifest.sequence_tokens} tokens", cut_documents(directory, manifest)),

@@ -21,13 +21,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cluster.runs.log import StepReport
 from tests.support.tiny_task import TINY_SPEC
 from train_jobs.data.sampler import Order
 from train_jobs.trainer.checkpoint import Checkpoints
 from train_jobs.trainer.committed import Meta
 from train_jobs.trainer.hooks import NoHooks
 from train_jobs.trainer.loop import Trainer
-from train_jobs.trainer.meters import StepReport
 from train_jobs.trainer.spec import Adam, BatchSpec, CheckpointSpec, DurationSpec, ScheduleSpec, TrainSpec
 from train_jobs.trainer.state import load_tensors, saved_tensors
 from train_jobs.trainer.task import LossParts, MicroBatch

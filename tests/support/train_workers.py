@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cluster.runs.log import StepReport
 from tests.support.tiny_task import TinyShards, TinyTask
 from train_jobs.trainer.errors import TrainingError
 from train_jobs.trainer.hooks import NoHooks, StopRequest, TrainResult
 from train_jobs.trainer.loop import Trainer
-from train_jobs.trainer.meters import StepReport
 from train_jobs.trainer.spec import TrainSpec
 from train_jobs.trainer.world import World
 

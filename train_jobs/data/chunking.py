@@ -17,8 +17,8 @@ import pyarrow.parquet
 
 from cluster.config.jobs import Format
 from cluster.errors import DataError
+from cluster.runs.prepared import Task
 from train_jobs.data.fetching import Found
-from train_jobs.data.manifest import Task
 from train_jobs.data.spec import TASK_FIELDS, Fields, InputSpec
 
 CHUNK_BYTES = 4 * 2**20

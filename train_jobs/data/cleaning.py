@@ -4,7 +4,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
-from train_jobs.data.manifest import Task
+from cluster.runs.prepared import Task
 from train_jobs.data.spec import CleanSpec
 
 _FOREIGN_ROLES = {"human": "user", "gpt": "assistant"}

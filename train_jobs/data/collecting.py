@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train_jobs.data.manifest import SIDES, FileEntry, MixPart, Side, Split, SplitEntry
+from cluster.runs.prepared import SIDES, FileEntry, MixPart, Side, Split, SplitEntry
 from train_jobs.data.packing import Packer
 from train_jobs.data.shard_writer import Piece, ShardWriter
 from train_jobs.data.spec import PrepareSpec

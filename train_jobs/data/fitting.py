@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cluster.errors import DataError
-from train_jobs.data.manifest import Manifest
+from cluster.runs.prepared import Manifest
 
 
 def check_fits(

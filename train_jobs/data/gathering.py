@@ -10,8 +10,8 @@ from pathlib import Path
 
 from cluster.errors import DataError
 from cluster.registry.progress import Progress
+from cluster.runs.prepared import SPLITS, BadRow, FileEntry, Split, SplitEntry
 from train_jobs.data.collecting import SplitCollector
-from train_jobs.data.manifest import SPLITS, BadRow, FileEntry, Split, SplitEntry
 from train_jobs.data.spec import PrepareSpec
 from train_jobs.data.splitting import split_of
 from train_jobs.data.transform import Batch, Document

@@ -16,19 +16,13 @@ from pathlib import Path
 import msgspec
 
 from cluster.config.jobs import TASK_FORMATS
-from cluster.durable import write_durably
 from cluster.errors import DataError
 from cluster.registry.progress import Progress, no_progress
 from cluster.registry.sources.lock import import_lock
 from cluster.registry.store import Registry
 from cluster.registry.tree import file_sha256, remove_folder
-from cluster.runs.files import data_directory
-from train_jobs.data.chunking import Chunk, cut
-from train_jobs.data.executors import Executor
-from train_jobs.data.fetching import Found, fetch
-from train_jobs.data.gathering import Gathered, gather
-from train_jobs.data.manifest import (
-    MANIFEST_NAME,
+from cluster.runs.files import MANIFEST, data_directory, prepared_directory, storage_directory
+from cluster.runs.prepared import (
     SPLITS,
     FileEntry,
     Manifest,
@@ -36,33 +30,34 @@ from train_jobs.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from train_jobs.data.chunking import Chunk, cut
+from train_jobs.data.executors import Executor
+from train_jobs.data.fetching import Found, fetch
+from train_jobs.data.gathering import Gathered, gather
 from train_jobs.data.spec import PrepareSpec
 from train_jobs.data.tokenizer import FoundTokenizer, check_chat_template, find_tokenizer
 from train_jobs.data.transform import Transform
 
 _RECIPE = 1
 """Grows when the same inputs and settings give other bytes than before."""
-_DIGEST_NAME_LENGTH = 12
-_LATEST = "latest.json"
 
 
 def prepare(spec: PrepareSpec, storage: str, executor: Executor, progress: Progress = no_progress) -> Manifest:
-    """The manifest of the job's data, prepared unless it is there already; ``find_prepared`` tells where it lies.
+    """The manifest of the job's data, prepared unless it is there already.
 
     DataError says what of the inputs cannot be used, SourceError what cannot be fetched; nothing is left then.
     """
-    root = _data_root(storage, spec.name)
-    with import_lock(root.parent / ".work", spec.name, progress) as work:
+    place = storage_directory(storage)
+    with import_lock(data_directory(place, spec.name).parent / ".work", spec.name, progress) as work:
         tokenizer, inputs = _bring(spec, storage, work, progress)
         digest = _digest(spec, tokenizer, inputs)
-        directory = root / digest[:_DIGEST_NAME_LENGTH]
+        directory = prepared_directory(place, spec.name, digest)
         manifest = _committed(directory, digest)
         if manifest is None:
             manifest = _build(spec, digest, tokenizer, inputs, executor, work / "ready", progress)
             remove_folder(directory)
-            root.mkdir(parents=True, exist_ok=True)
+            directory.parent.mkdir(parents=True, exist_ok=True)
             os.replace(work / "ready", directory)
-        _point_latest(root, digest)
     return manifest
 
 
@@ -71,10 +66,10 @@ def find_current(spec: PrepareSpec, storage: str, progress: Progress = no_progre
 
     Sources are downloaded to know. DataError and SourceError are those of :func:`prepare`.
     """
-    root = _data_root(storage, spec.name)
-    with import_lock(root.parent / ".work", spec.name, progress) as work:
+    place = storage_directory(storage)
+    with import_lock(data_directory(place, spec.name).parent / ".work", spec.name, progress) as work:
         digest = _digest(spec, *_bring(spec, storage, work, progress))
-    return _committed(root / digest[:_DIGEST_NAME_LENGTH], digest)
+    return _committed(prepared_directory(place, spec.name, digest), digest)
 
 
 def _bring(
@@ -92,31 +87,6 @@ def _bring(
         for number, each in enumerate(spec.inputs)
     )
     return tokenizer, tuple(found)
-
-
-def find_prepared(storage: str, name: str) -> Path:
-    """The directory that job ``name`` prepared last; DataError when there is none."""
-    root = _data_root(storage, name)
-    try:
-        digest = msgspec.json.decode((root / _LATEST).read_bytes(), type=dict[str, str])["digest"]
-    except FileNotFoundError as error:
-        raise DataError(f"job {name} has prepared no data in {storage} yet; run it first") from error
-    return prepared_directory(storage, name, digest)
-
-
-def prepared_directory(storage: str, name: str, digest: str) -> Path:
-    """Where data of job ``name`` with this digest lies, once it is prepared."""
-    return _data_root(storage, name) / digest[:_DIGEST_NAME_LENGTH]
-
-
-def _data_root(storage: str, name: str) -> Path:
-    root = Path(storage.removeprefix("file://")).expanduser()
-    if not root.is_absolute():
-        raise DataError(
-            f"storage {storage!r}: prepared data is mapped into memory, so it needs an absolute path that all "
-            "workers see; write the path of a (shared) folder"
-        )
-    return data_directory(root, name)
 
 
 def _check_spec(spec: PrepareSpec) -> None:
@@ -166,7 +136,7 @@ def _digest(spec: PrepareSpec, tokenizer: FoundTokenizer, inputs: Sequence[Found
 
 
 def _committed(directory: Path, digest: str) -> Manifest | None:
-    if not (directory / MANIFEST_NAME).is_file():
+    if not (directory / MANIFEST).is_file():
         return None
     manifest = read_manifest(directory)
     whole = all(
@@ -261,7 +231,3 @@ def _manifest(
             for number, (each, found) in enumerate(zip(spec.inputs, inputs, strict=True))
         ),
     )
-
-
-def _point_latest(root: Path, digest: str) -> None:
-    write_durably(root / _LATEST, msgspec.json.encode({"digest": digest}))

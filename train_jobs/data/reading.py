@@ -18,8 +18,8 @@ import pyarrow.parquet
 import yaml
 
 from cluster.errors import DataError
+from cluster.runs.prepared import BadRow
 from train_jobs.data.chunking import Chunk, delimiter, file_encoding, open_binary
-from train_jobs.data.manifest import BadRow
 from train_jobs.data.spec import TASK_FIELDS
 
 MAX_ROW_BYTES = 64 * 2**20

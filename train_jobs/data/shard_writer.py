@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from train_jobs.data.manifest import FileEntry, Side, array_name
+from cluster.runs.prepared import FileEntry, Side, array_name
 from train_jobs.data.shards import BYTES_DTYPE, LABELS_DTYPE, LOSS_DTYPE, SEGMENTS_DTYPE, TOKENS_DTYPE
 
 _BUFFER_BYTES = 2**20

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import DataError
-from train_jobs.data.manifest import (
+from cluster.runs.prepared import (
     SIDES,
     Manifest,
     MixPart,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config.jobs import Format
-from train_jobs.data.manifest import Task
+from cluster.runs.prepared import Task
 
 TASK_FIELDS: dict[Task, tuple[str, ...]] = {
     "lm": ("text",),

@@ -6,7 +6,7 @@ have equal hashes, so none is in both splits.
 
 import hashlib
 
-from train_jobs.data.manifest import Split
+from cluster.runs.prepared import Split
 from train_jobs.data.spec import SplitSpec
 
 

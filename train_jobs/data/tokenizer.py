@@ -22,9 +22,9 @@ from cluster.registry.progress import Progress
 from cluster.registry.sources.hub import download_tokenizer
 from cluster.registry.store import Registry
 from cluster.registry.tree import file_sha256
+from cluster.runs.prepared import TOKENIZER_FOLDER, TokenizerEntry
 from deployments.runtime.plain_tokenizer import read_tokenizer
 from deployments.runtime.sandbox import Render, compile_template
-from train_jobs.data.manifest import TOKENIZER_FOLDER, TokenizerEntry
 
 TOKENIZER_FILES = (
     "tokenizer.json",

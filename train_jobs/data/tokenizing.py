@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
+from cluster.runs.prepared import Task
 from train_jobs.data.cleaning import Example, Malformed, Message
-from train_jobs.data.manifest import Task
 from train_jobs.data.shard_writer import Piece
 from train_jobs.data.tokenizer import TokenizerText
 

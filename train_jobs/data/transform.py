@@ -11,9 +11,9 @@ from itertools import islice
 import msgspec
 import numpy as np
 
+from cluster.runs.prepared import BadRow, Task
 from train_jobs.data.chunking import Chunk
 from train_jobs.data.cleaning import Example, Malformed, make_example
-from train_jobs.data.manifest import BadRow, Task
 from train_jobs.data.reading import Record, read_chunk
 from train_jobs.data.shard_writer import Piece
 from train_jobs.data.shards import LOSS_DTYPE, TOKENS_DTYPE

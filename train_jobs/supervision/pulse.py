@@ -7,11 +7,11 @@ from typing import Any
 
 import ray
 
+from cluster.runs.log import StepReport
 from train_jobs.supervision.messages import Beat, Order, Progress
 from train_jobs.supervision.telemetry import TrainTelemetry
 from train_jobs.supervision.watchdog import Stage
 from train_jobs.trainer.hooks import StopRequest
-from train_jobs.trainer.meters import StepReport
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The numbers of training as Ray's metrics: step reports in, gauges and counters out."""
 
+from cluster.runs.log import StepReport
 from cluster.telemetry.metrics import Metrics
-from train_jobs.trainer.meters import StepReport
 
 
 class TrainTelemetry:

@@ -14,7 +14,7 @@ from train_jobs.materials import gather
 from train_jobs.run_spec import RunSpec
 from train_jobs.supervision.messages import Place
 from train_jobs.supervision.pulse import BEAT_S, Pulse
-from train_jobs.trainer.hooks import TrainResult
+from train_jobs.trainer.hooks import Hooks, TrainResult
 from train_jobs.trainer.loop import Trainer
 from train_jobs.trainer.world import World
 
@@ -27,7 +27,7 @@ def run_worker(spec: RunSpec, monitor: Any) -> TrainResult:
     attempt = ray.get(monitor.join.remote(rank, place))
     pulse = Pulse(monitor, job=spec.job, attempt=attempt, rank=rank)
     try:
-        result = _train(spec, pulse)
+        result = train_here(spec, World.current(get_device()), pulse)
         while result.outcome == "stopped" and pulse.say("paused") == "pause":
             time.sleep(BEAT_S)  # the controller ends this process once it has seen that every worker has saved
         pulse.say("ended")
@@ -36,7 +36,8 @@ def run_worker(spec: RunSpec, monitor: Any) -> TrainResult:
     return result
 
 
-def _train(spec: RunSpec, pulse: Pulse) -> TrainResult:
+def train_here(spec: RunSpec, world: World, hooks: Hooks) -> TrainResult:
+    """Do one worker's attempt in this process, without Ray; errors are those of :meth:`Trainer.run`."""
     torch.set_num_threads(spec.needs.threads)
     if spec.train.deterministic and spec.needs.gpus:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
@@ -47,6 +48,6 @@ def _train(spec: RunSpec, pulse: Pulse) -> TrainResult:
         shards=materials.shards,
         evaluation_data=materials.evaluation_data,
         run_dir=spec.run_dir,
-        world=World.current(get_device()),
-        hooks=pulse,
+        world=world,
+        hooks=hooks,
     ).run()

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from train_jobs.data.manifest import SIDES
+from cluster.runs.prepared import SIDES
 from train_jobs.data.shards import Shards
 from train_jobs.evaluation.preference import PreferenceSums
 from train_jobs.tasks.adapter import BaseSwitch

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from train_jobs.trainer.meters import StepReport
+from cluster.runs.log import StepReport
 
 StopRequest = Literal["no", "checkpoint_and_stop"]
 

@@ -4,42 +4,16 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import msgspec
 import psutil
 import torch
 from tensorboardX import SummaryWriter
 
-LOG = "log.jsonl"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """One optimizer step over all workers; times are this worker's."""
-
-    step: int
-    """Steps done, this one included."""
-    num_steps: int
-    loss: float
-    """Mean over the targets of the global batch."""
-    learning_rate: float
-    grad_norm: float
-    """Before clipping."""
-    num_targets: int
-    num_tokens: int
-    """Real tokens, without padding."""
-    padding_ratio: float
-    """Share of positions that are padding."""
-    tokens_per_s: float
-    mfu: float
-    """Achieved share of the devices' matrix product rate, counting six operations per position and matrix element."""
-    step_s: float
-    data_wait_s: float
-    checkpoint_stall_s: float
-    memory_bytes: int
-    """Resident memory of this worker, or what its accelerator has allocated."""
+from cluster.runs.files import LOG
+from cluster.runs.log import EvaluationReport, StepReport, encode_line
 
 
 class Meter:
@@ -95,16 +69,16 @@ class Meter:
             data_wait_s=data_wait_s,
             checkpoint_stall_s=checkpoint_stall_s,
             memory_bytes=self._used_memory_bytes(),
+            time=_now(),
         )
         if self._log is not None:
             self._write(self._log, report)
         return report
 
     def _write(self, log: TextIO, report: StepReport) -> None:
-        values = asdict(report)
-        log.write(json.dumps(values | {"time": round(time.time(), 3)}) + "\n")
-        for name, value in values.items():
-            if name not in ("step", "num_steps"):
+        log.write(encode_line(report))
+        for name, value in msgspec.structs.asdict(report).items():
+            if name not in ("step", "num_steps", "time"):
                 self._board.add_scalar(f"train/{name}", value, report.step)
 
     def _used_memory_bytes(self) -> int:
@@ -116,7 +90,7 @@ class Meter:
         """Metrics of an evaluation after ``step`` steps, beside the lines of the steps."""
         if self._log is None:
             return
-        self._log.write(json.dumps({"step": step, "evaluation": metrics, "time": round(time.time(), 3)}) + "\n")
+        self._log.write(encode_line(EvaluationReport(step=step, evaluation=dict(metrics), time=_now())))
         for name, value in metrics.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"evaluate/{name}", value, step)
@@ -126,6 +100,10 @@ class Meter:
         if self._log is not None:
             self._log.close()
             self._board.close()
+
+
+def _now() -> float:
+    return round(time.time(), 3)
 
 
 def _continue_log(path: Path, first_step: int) -> Path:

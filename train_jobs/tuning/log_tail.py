@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.runs.files import LOG
-from cluster.runs.record import EvaluationLine, decode_evaluation
+from cluster.runs.log import EvaluationReport, decode_evaluation
 
 
 class LogTail:
@@ -16,7 +16,7 @@ class LogTail:
         self._identity: Any = None
         self._step = 0
 
-    def new(self) -> list[EvaluationLine]:
+    def new(self) -> list[EvaluationReport]:
         """Evaluations after later steps than those before, in order; a line that is being written is left."""
         try:
             file = self._path.open("rb")
@@ -27,8 +27,8 @@ class LogTail:
             file.seek(self._offset)
             whole = file.read().rpartition(b"\n")[0]
         self._offset += len(whole) + 1 if whole else 0
-        lines = [decode_evaluation(line) for line in whole.split(b"\n") if b'"evaluation"' in line]
-        found = [line for line in lines if line.step > self._step]
+        lines = [decode_evaluation(line) for line in whole.split(b"\n")]
+        found = [line for line in lines if line is not None and line.step > self._step]
         self._step = max([self._step, *(line.step for line in found)])
         return found
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from cluster.runs.record import EvaluationLine
+from cluster.runs.log import EvaluationReport
 from train_jobs.trainer.errors import TrainingError
 from train_jobs.trainer.spec import TrainSpec
 
@@ -18,7 +18,7 @@ class Score:
         self._best: float | None = None
         self._score: float | None = None
 
-    def after(self, line: EvaluationLine) -> float:
+    def after(self, line: EvaluationReport) -> float:
         """The score once this evaluation is there; TrainingError when it does not have what is compared."""
         value = _read(line, self._metric)
         if self._chosen_by is None or self._score is None:
@@ -32,7 +32,7 @@ class Score:
         return self._score
 
 
-def _read(line: EvaluationLine, metric: str) -> float:
+def _read(line: EvaluationReport, metric: str) -> float:
     if metric not in line.evaluation:
         raise TrainingError(f"metric: the evaluation gives no {metric}; it gives {', '.join(line.evaluation)}")
     return float(line.evaluation[metric])

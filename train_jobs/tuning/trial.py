@@ -8,7 +8,7 @@ from ray import tune
 
 from cluster.errors import MantaError
 from cluster.runs.files import STATE
-from cluster.runs.record import EvaluationLine
+from cluster.runs.log import EvaluationReport
 from cluster.runs.state import read_state
 from train_jobs.job import TuneSpec
 from train_jobs.launch import launch, request_stop
@@ -39,7 +39,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         self._last: dict[str, Any] = {}
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._launch, name="run", daemon=True)
-        self._pending: list[EvaluationLine] = []
+        self._pending: list[EvaluationReport] = []
         try:
             self._run = make_run(read_values(spec, config))
         except MantaError as error:  # raised here, it would be told as a lost process

@@ -4,9 +4,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from cluster.runs.log import StepReport
 from cluster.runs.page.chart import Axis, Chart, Line, draw
 from cluster.runs.page.curves import Point, duration, percent, short, smooth, thin
-from cluster.runs.record import RunRecord, StepLine
+from cluster.runs.record import RunRecord
 
 _SHARES = ("accuracy", "macro_f1", "token_accuracy")
 _OTHERS = (
@@ -43,7 +44,7 @@ def _axis(record: RunRecord) -> Axis:
     return Axis(first=record.steps[0].step, last=record.steps[-1].step, marks=marks)
 
 
-def _of_steps(record: RunRecord, value: Callable[[StepLine], float]) -> list[Point]:
+def _of_steps(record: RunRecord, value: Callable[[StepReport], float]) -> list[Point]:
     return thin([line.step for line in record.steps], [value(line) for line in record.steps])
 
 
@@ -79,7 +80,9 @@ def _metrics(record: RunRecord, axis: Axis) -> list[Chart]:
     return found
 
 
-def _curve(record: RunRecord, axis: Axis, title: str, value: Callable[[StepLine], float], *, hint: str = "") -> Chart:
+def _curve(
+    record: RunRecord, axis: Axis, title: str, value: Callable[[StepReport], float], *, hint: str = ""
+) -> Chart:
     return draw(title, [Line(name=title, points=_of_steps(record, value))], axis, hint=hint, from_zero=True)
 
 
@@ -118,6 +121,6 @@ def _decimals(digits: int, value: float) -> str:
     return f"{value:.{digits}f}" if abs(value) >= 0.001 or value == 0 else short(value)
 
 
-def throughput(steps: Sequence[StepLine]) -> float:
+def throughput(steps: Sequence[StepReport]) -> float:
     """Median tokens per second."""
     return statistics.median(line.tokens_per_s for line in steps)

@@ -7,7 +7,8 @@ from typing import Any
 
 from cluster.runs.page.curves import duration, percent, short
 from cluster.runs.page.panels import throughput
-from cluster.runs.record import DataSummary, RunRecord
+from cluster.runs.prepared import Manifest
+from cluster.runs.record import RunRecord
 from cluster.runs.state import AttemptState
 from cluster.units import format_bytes
 
@@ -125,7 +126,7 @@ def attempt_rows(attempts: Sequence[AttemptState], running: bool) -> list[Attemp
     return rows
 
 
-def label_rows(data: DataSummary) -> list[tuple[str, list[tuple[int, float]]]]:
+def label_rows(data: Manifest) -> list[tuple[str, list[tuple[int, float]]]]:
     """Per label: its name, and per split how many documents and their share of the largest such count."""
     splits = [split.label_counts for split in data.splits.values()]
     largest = max((count for counts in splits for count in counts.values()), default=0)
@@ -137,7 +138,7 @@ def label_rows(data: DataSummary) -> list[tuple[str, list[tuple[int, float]]]]:
     ]
 
 
-def left_out(data: DataSummary) -> list[tuple[str, int]]:
+def left_out(data: Manifest) -> list[tuple[str, int]]:
     """Rows that are not in the data, by the reason."""
     counts = [
         ("malformed", data.num_bad_rows),

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from cluster.errors import DataError
 from cluster.runs.page.chart import Axis, Line, draw
 from cluster.runs.page.curves import Point, duration, percent, round_ticks, short, smooth, thin
 from cluster.runs.page.render import render
-from cluster.runs.record import RunRecord, StepLine, read_run
+from cluster.runs.prepared import BadRow
+from cluster.runs.record import RunRecord, read_run
 from cluster.runs.state import read_state, write_state
 from tests.support.run_directories import BEGAN, write_data, write_run, write_sweep_run
 
@@ -111,7 +111,7 @@ def test_a_damaged_log_is_named_by_its_line(tmp_path: Path) -> None:
 def test_what_files_say_is_text_and_never_markup(tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)>\"'</script>"
     directory = write_run(tmp_path)
-    write_data(tmp_path, name=evil, notes=[evil], bad_rows_sample=[{"place": evil, "reason": evil}])
+    write_data(tmp_path, name=evil, notes=(evil,), bad_rows_sample=(BadRow(place=evil, reason=evil),))
     state = read_state(directory)
     attempts = tuple(msgspec.structs.replace(attempt, reason=evil) for attempt in state.attempts)
     write_state(directory, msgspec.structs.replace(state, job=evil, error=evil, attempts=attempts, notes=(evil,)))
@@ -131,12 +131,6 @@ def test_a_long_run_makes_no_larger_page_than_a_few_hundred_points(tmp_path: Pat
     readings = [json.loads(str(data)) for _, attributes in found.elements if (data := attributes.get("data-lines"))]
     assert max(len(line["points"]) for lines in readings for line in lines) <= 400
     assert readings[0][0]["points"][-1][:2] == [5000, 100.0]
-
-
-def test_the_log_has_what_the_trainer_reports() -> None:
-    from train_jobs.trainer.meters import StepReport
-
-    assert {field.name for field in fields(StepReport)} == set(StepLine.__struct_fields__) - {"time"}
 
 
 def test_thinning_keeps_means_and_extremes() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from cluster.runs.prepared import Task
 from tests.support.corpora import CLEAN
 from train_jobs.data.cleaning import Example, Malformed, Message, clean_text, make_example
-from train_jobs.data.manifest import Task
 
 
 def test_line_ends_unicode_and_white_space_are_unified() -> None:

@@ -5,73 +5,23 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml as yaml_module
 
 from tests.support.tiny_tasks import ARCHITECTURE, save_base
+from tests.support.train_site import Site
 from train_jobs.__main__ import main
 
-Values = dict[str, object]
+
+def look(site: Site, capsys: pytest.CaptureFixture[str]) -> dict:
+    assert main(["run", str(site.path), "forecast", "--dry-run", "--json"]) == 0, capsys.readouterr().err
+    return dict(json.loads(capsys.readouterr().out))
 
 
-class Site:
-    """A storage, tiny models and a corpus of 120 labelled documents below ``folder``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path = folder / "jobs.yaml"
-        save_base(folder / "llama")
-        save_base(folder / "bert", "bert")
-        for number in range(120):
-            label = ("calm", "rain", "storm")[number % 3]
-            (folder / "rows" / label).mkdir(parents=True, exist_ok=True)
-            (folder / "rows" / label / f"{number}.txt").write_text(f"{label}, day {number}")
-        (folder / "text").mkdir()
-        (folder / "text" / "all.txt").write_text("\n\n".join(f"A day, number {number}." for number in range(400)))
-
-    def write(self, *, memory: str = "8GiB", slots: int = 2, data: Values | None = None, **job: object) -> None:
-        task = str(job.get("task", "lm"))
-        rows = {"source": f"path://{self.folder}/rows", "format": "folders"}
-        text = {"source": f"path://{self.folder}/text", "format": "lines"}
-        base = "bert" if task == "classify" else "llama"
-        prepare: Values = {
-            "name": "days",
-            "kind": "prepare",
-            "task": task,
-            "inputs": [rows if task == "classify" else text],
-            "tokenizer": f"path://{self.folder}/{base}",
-            "sequence_tokens": 32,
-        }
-        train: Values = {
-            "name": "forecast",
-            "kind": "train",
-            "task": task,
-            "base": {"source": f"path://{self.folder}/{base}"},
-            "data": "days",
-            "batch": {"sequences": 8, "micro_sequences": 4},
-            "duration": {"epochs": 2},
-            "optimizer": {"kind": "adamw", "lr": 1e-3},
-        }
-        content = {
-            "name": "weather",
-            "storage": f"{self.folder}/storage",
-            "cluster": {"nodes": [{"name": "box", "resources": {"CPU": 2, "memory": memory, "train_slot": slots}}]},
-            "jobs": [prepare | (data or {}), train | job],
-        }
-        self.path.write_text(yaml_module.safe_dump(content))
-
-    def prepare(self) -> None:
-        assert main(["run", str(self.path), "days"]) == 0
-
-    def look(self, capsys: pytest.CaptureFixture[str]) -> dict:
-        assert main(["run", str(self.path), "forecast", "--dry-run", "--json"]) == 0, capsys.readouterr().err
-        return dict(json.loads(capsys.readouterr().out))
-
-    def refusal(self, capsys: pytest.CaptureFixture[str]) -> str:
-        status = main(["run", str(self.path), "forecast", "--dry-run"])
-        captured = capsys.readouterr()
-        assert status in (1, 2)
-        assert captured.out == ""
-        return captured.err.splitlines()[-1]
+def refusal(site: Site, capsys: pytest.CaptureFixture[str]) -> str:
+    status = main(["run", str(site.path), "forecast", "--dry-run"])
+    captured = capsys.readouterr()
+    assert status in (1, 2)
+    assert captured.out == ""
+    return captured.err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +37,11 @@ def site(folder: Site) -> Site:
 
 def test_steps_are_known_once_the_data_are_prepared(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.write(data={"split": {"seed": 7}})
-    before = site.look(capsys)
+    before = look(site, capsys)
     assert (before["num_steps"], before["run_directory"], before["data_digest"]) == (None, None, None)
     site.prepare()
     capsys.readouterr()
-    after = site.look(capsys)
+    after = look(site, capsys)
     manifest = json.loads(
         next(site.folder.glob(f"storage/data/days/{after['data_digest'][:12]}/manifest.json")).read_text()
     )
@@ -102,7 +52,7 @@ def test_steps_are_known_once_the_data_are_prepared(site: Site, capsys: pytest.C
     assert after["num_parameters"] == after["num_trained_parameters"] > 10_000
     assert Path(after["run_directory"]).parent == site.folder / "storage" / "runs" / "forecast"
     assert not Path(after["run_directory"]).exists()
-    assert site.look(capsys) == after
+    assert look(site, capsys) == after
 
 
 def test_the_table_fits_a_terminal_of_80_columns(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,9 +71,9 @@ def test_the_table_fits_a_terminal_of_80_columns(site: Site, capsys: pytest.Capt
 
 
 def test_an_adapter_trains_little_and_so_takes_less_memory(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = site.look(capsys)
+    whole = look(site, capsys)
     site.write(adapter={"rank": 2})
-    small = site.look(capsys)
+    small = look(site, capsys)
     assert small["num_trained_parameters"] < small["num_parameters"] / 4
     assert small["num_parameters"] > whole["num_parameters"]
     assert small["worker_memory"]["optimizer"] < whole["worker_memory"]["optimizer"] / 4
@@ -133,7 +83,7 @@ def test_a_model_from_scratch_takes_the_vocabulary_of_the_data(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site.write(base={"architecture": ARCHITECTURE})
-    found = site.look(capsys)
+    found = look(site, capsys)
     assert found["base"].startswith("architecture:")
     assert found["num_parameters"] > 258 * 32
 
@@ -142,19 +92,19 @@ def test_a_classifier_is_counted_with_its_head(site: Site, capsys: pytest.Captur
     site.write(task="classify")
     site.prepare()
     capsys.readouterr()
-    assert site.look(capsys)["num_steps"] > 10
+    assert look(site, capsys)["num_steps"] > 10
 
 
 def test_missing_base(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.write(base={"source": "registry://nobody@latest"})
-    assert "nobody" in site.refusal(capsys)
+    assert "nobody" in refusal(site, capsys)
 
 
 def test_context_longer_than_the_models(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.write(data={"sequence_tokens": 4096})
     said = re.search(
         r"its context is (\d+) tokens, the data's sequences have 4096; .* sequence_tokens <= (\d+)",
-        site.refusal(capsys),
+        refusal(site, capsys),
     )
     assert said is not None
     assert said[1] == said[2]
@@ -167,7 +117,7 @@ def test_vocabulary_of_another_model(site: Site, capsys: pytest.CaptureFixture[s
         config = json.loads((small / "config.json").read_text())
         (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     site.write(base={"source": f"path://{small}"})
-    assert "vocabulary" in site.refusal(capsys)
+    assert "vocabulary" in refusal(site, capsys)
 
 
 def test_one_class_is_refused_when_it_is_read(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,17 +133,17 @@ def test_a_schedule_longer_than_the_run(site: Site, capsys: pytest.CaptureFixtur
     site.write(schedule={"warmup_steps": 100_000})
     site.prepare()
     capsys.readouterr()
-    assert "100000 warm-up and 0 decay steps; limit:" in site.refusal(capsys)
+    assert "100000 warm-up and 0 decay steps; limit:" in refusal(site, capsys)
 
 
 def test_no_place_for_a_worker(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.write(slots=1, workers=2)
-    said = site.refusal(capsys)
+    said = refusal(site, capsys)
     assert "jobs.forecast.workers: 2 workers, and the nodes have places for 1; write `train_slot: 2` under" in said
 
 
 def test_weights_that_fit_no_node(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     wide = {**ARCHITECTURE, "hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32}
     site.write(base={"architecture": wide}, memory="1GiB")
-    said = site.refusal(capsys)
+    said = refusal(site, capsys)
     assert "weights, gradients and optimizer states, and the largest node has 1.0GiB; use strategy fsdp" in said

@@ -16,7 +16,7 @@ from train_jobs.job import (
     read_prepare,
     read_tune,
     run_digest,
-    run_id,
+    run_directory,
 )
 from train_jobs.trainer.spec import Adam, Ddp, Hsdp, Muon, Pipeline, RmsProp, ScheduleSpec, Sgd, Single
 
@@ -135,8 +135,9 @@ def test_adapter_publication_and_limits() -> None:
 def test_equal_results_are_one_run() -> None:
     job = job_of()
     same = job_of(more="workers: 2\n    strategy: {kind: fsdp}\n    publish: {model: other}\n    max_failures: 9")
-    assert run_id(job, "minilm@v1") == run_id(same, "minilm@v1")
-    assert re.fullmatch(r"newsroom-[0-9a-f]{12}", run_id(job, "minilm@v1"))
+    directory = run_directory("/shelf", job, "minilm@v1")
+    assert directory == run_directory("file:///shelf", same, "minilm@v1")
+    assert re.fullmatch(r"/shelf/runs/newsroom/newsroom-[0-9a-f]{12}", str(directory))
     others = [
         run_digest(job, "minilm@v2"),
         run_digest(job_of(digest="other"), "minilm@v1"),
@@ -148,7 +149,7 @@ def test_equal_results_are_one_run() -> None:
 
 def test_a_run_has_no_name_before_its_data_have() -> None:
     with pytest.raises(PlanError, match=r"jobs.newsroom: data news are not prepared yet; run news first"):
-        run_id(read_job(plan_job(config_of(), "newsroom")), "minilm@v1")
+        run_directory("/shelf", read_job(plan_job(config_of(), "newsroom")), "minilm@v1")
 
 
 def test_a_trial_is_the_job_with_other_values() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.runs.page.render import render
 from cluster.runs.record import read_run
-from tests.support.corpora import save_tokenizer
+from tests.support.corpora import save_tokenizer, write_days
 from tests.support.tiny_models import save_tiny_classifier, save_tiny_model
 from train_jobs.__main__ import main
 
@@ -22,11 +22,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def yaml(tmp_path: Path) -> Path:
-    rows = tmp_path / "rows"
-    for number in range(60):
-        label = ("calm", "storm")[number % 2]
-        (rows / label).mkdir(parents=True, exist_ok=True)
-        (rows / label / f"{number}.txt").write_text(f"{label} day number {number}")
+    rows = write_days(tmp_path / "rows", ("calm", "storm"), num_documents=60)
     save_tokenizer(tmp_path / "tokenizer")
     save_tiny_classifier(tmp_path / "sorter", "bert", ("storm", "calm"), vocab_size=VOCABULARY)
     save_tiny_classifier(tmp_path / "stranger", "bert", ("ham", "spam"), vocab_size=VOCABULARY)
@@ -76,6 +72,8 @@ def test_a_classifier_is_measured_and_its_numbers_are_kept(yaml: Path, capsys: p
     directory = Path(values["run_directory"])
     record = read_run(directory, yaml.parent / "storage")
     assert record.state.status == "finished"
+    assert record.data is not None
+    assert record.data.name == "days"
     assert record.evaluation is not None
     assert record.evaluation.metrics == metrics
     assert "check-base@v1 on split eval of days" in render(record)

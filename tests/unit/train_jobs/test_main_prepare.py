@@ -5,18 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.corpora import save_tokenizer
+from tests.support.corpora import save_tokenizer, write_days
 from train_jobs.__main__ import main
 from train_jobs.data.shards import Shards
 
 
 @pytest.fixture
 def yaml(tmp_path: Path) -> Path:
-    rows = tmp_path / "rows"
-    for number in range(60):
-        label = ("calm", "storm")[number % 2]
-        (rows / label).mkdir(parents=True, exist_ok=True)
-        (rows / label / f"{number}.txt").write_text(f"{label} day number {number}")
+    rows = write_days(tmp_path / "rows", ("calm", "storm"), num_documents=60)
     save_tokenizer(tmp_path / "tokenizer")
     path = tmp_path / "jobs.yaml"
     path.write_text(

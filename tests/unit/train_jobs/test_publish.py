@@ -17,23 +17,14 @@ from train_jobs.materials import gather
 from train_jobs.publish import PublishPlan, evaluate, evaluate_and_publish
 from train_jobs.requirements import missed
 from train_jobs.run_spec import RunSpec
+from train_jobs.supervision.worker import train_here
 from train_jobs.trainer.hooks import NoHooks, TrainResult
-from train_jobs.trainer.loop import Trainer
 from train_jobs.trainer.state import trained_weights
 from train_jobs.trainer.world import World
 
 
 def train(spec: RunSpec) -> TrainResult:
-    materials = gather(spec.materials, spec.arguments)
-    return Trainer(
-        spec=spec.train,
-        task=materials.task,
-        shards=materials.shards,
-        evaluation_data=materials.evaluation_data,
-        run_dir=spec.run_dir,
-        world=World.current(),
-        hooks=NoHooks(),
-    ).run()
+    return train_here(spec, World.current(), NoHooks())
 
 
 def plan(storage: Path, **require: float) -> PublishPlan:

@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 
 from cluster.errors import DataError, SourceError
+from cluster.runs.prepared import BadRow
 from tests.support.corpora import input_of, read_rows, write_jsonl
 from train_jobs.data import chunking, reading
 from train_jobs.data.fetching import fetch
-from train_jobs.data.manifest import BadRow
 from train_jobs.data.reading import Record
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cluster.errors import DataError
+from cluster.runs.files import MANIFEST
 from tests.support.prepared_data import write_data
-from train_jobs.data.manifest import MANIFEST_NAME
 from train_jobs.data.shards import Shards
 
 SEQUENCES = [[[5, 6, 7], [8, 9]], [[1, 2, 3, 4, 5, 6]], [[9, 8]]]
@@ -103,7 +103,7 @@ def test_changed_bytes_are_found_on_request(tmp_path: Path) -> None:
 
 def test_an_unreadable_manifest_is_refused(tmp_path: Path) -> None:
     directory = make(tmp_path)
-    manifest = directory / MANIFEST_NAME
+    manifest = directory / MANIFEST
     manifest.write_bytes(manifest.read_bytes().replace(b'"format": 1', b'"format": 2'))
     with pytest.raises(DataError, match="not a manifest this Manta can read"):
         Shards.open(directory, "train")

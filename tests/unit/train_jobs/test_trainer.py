@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from cluster.errors import PlanError
+from cluster.runs.log import StepReport
 from tests.support.tiny_task import EVALUATION, TinyShards, TinyTask, tiny_spec
 from train_jobs.trainer import committed
 from train_jobs.trainer.errors import CheckpointError, TrainingError
 from train_jobs.trainer.hooks import NoHooks, TrainResult
 from train_jobs.trainer.loop import Trainer
-from train_jobs.trainer.meters import StepReport
 from train_jobs.trainer.spec import (
     Adam,
     BatchSpec,

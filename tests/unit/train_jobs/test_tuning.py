@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from cluster.errors import DataError, PlanError
-from cluster.runs.record import EvaluationLine
+from cluster.runs.log import EvaluationReport
 from cluster.runs.sweep import Sweep, Trial, ranked, read_sweep, write_sweep
 from tests.support.tiny_task import tiny_spec
 from train_jobs.job import SpaceSpec, TuneSpec
@@ -167,8 +167,8 @@ def evaluation_line(step: int) -> str:
     return json.dumps({"step": step, "evaluation": {"accuracy": step / 100}, "time": 1.0}) + "\n"
 
 
-def line(step: int, **metrics: float) -> EvaluationLine:
-    return EvaluationLine(step=step, evaluation=metrics, time=0.0)
+def line(step: int, **metrics: float) -> EvaluationReport:
+    return EvaluationReport(step=step, evaluation=metrics, time=0.0)
 
 
 LINES = [line(5, accuracy=0.5, loss=1.0), line(10, accuracy=0.9, loss=0.5), line(15, accuracy=0.95, loss=0.7)]

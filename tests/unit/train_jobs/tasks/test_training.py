@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from cluster.errors import PlanError
+from cluster.runs.log import StepReport
 from deployments.runtime.adapter import Adapter
 from tests.support.tiny_task import EVALUATION, tiny_spec
 from tests.support.tiny_tasks import ARCHITECTURE, LABELS, LENGTH, LORA, save_base, task_spec, write_task_data
@@ -20,7 +21,6 @@ from train_jobs.tasks.build import build_task
 from train_jobs.tasks.spec import Architecture, Checkpoint, TaskName, TaskSpec
 from train_jobs.trainer.hooks import NoHooks, TrainResult
 from train_jobs.trainer.loop import Trainer
-from train_jobs.trainer.meters import StepReport
 from train_jobs.trainer.spec import Adam, CheckpointSpec, DurationSpec
 from train_jobs.trainer.state import trained_weights
 from train_jobs.trainer.world import World

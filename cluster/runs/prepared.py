@@ -5,11 +5,11 @@ from typing import Literal
 
 import msgspec
 
-from cluster.durable import write_durably
+from cluster.durable import write_json_durably
 from cluster.errors import DataError
 from cluster.registry.tree import file_sha256
+from cluster.runs.files import MANIFEST
 
-MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 
 Task = Literal["lm", "sft", "classify", "dpo"]
@@ -138,13 +138,11 @@ def array_name(split: str, kind: str, side: str | None = None) -> str:
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a committed directory; DataError when there is none, or not one this program can read."""
-    path = directory / MANIFEST_NAME
+    path = directory / MANIFEST
     try:
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError as error:
-        raise DataError(
-            f"{directory} holds no prepared data ({MANIFEST_NAME} is missing); prepare it again"
-        ) from error
+        raise DataError(f"{directory} holds no prepared data ({MANIFEST} is missing); prepare it again") from error
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise DataError(
             f"{path} is not a manifest this Manta can read: {error}; remove it and prepare again"
@@ -153,8 +151,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Commit ``directory``: the manifest appears whole, after everything else is on disk."""
-    content = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-    write_durably(directory / MANIFEST_NAME, content)
+    write_json_durably(directory / MANIFEST, manifest)
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:
