@@ -33,7 +33,7 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
         )
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Of Ray: without a process for Ray Data in every attempt; workers read their shards by index, on their own."""
+        """Those of Ray, without a process for Ray Data in every attempt: workers read their shards by index."""
         callbacks = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
