@@ -5,7 +5,6 @@ line, the config or the plan is wrong. Errors are plain lines on standard error.
 """
 
 import argparse
-import errno
 import json
 import os
 import shutil
@@ -19,26 +18,35 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster import cli_drill, cli_jobs, cli_models, cli_report
+from cluster.command_line import (
+    DEFAULT_DASHBOARD,
+    Verbs,
+    add_config,
+    add_json,
+    add_verb,
+    carry_out,
+    count,
+    print_json,
+    print_line,
+    seconds,
+)
 from cluster.config.load import load_config
-from cluster.config.schema import ClusterConfig, json_schema
+from cluster.config.schema import json_schema
 from cluster.control.apply import down, plan_actions, up
 from cluster.control.ask import CHAT_TEMPERATURE, Gateway
 from cluster.control.chat import answer_once, converse
 from cluster.control.dashboard import Dashboard
 from cluster.control.logs import LogLine, follow_logs, log_files, read_logs
 from cluster.control.observe import cluster_status
-from cluster.control.provider import ray_of
+from cluster.control.provider import ray_of, running_dashboard
 from cluster.control.quality import measure_quality, written_format
 from cluster.control.report import report_to
 from cluster.control.samples import base_url, first_answers, next_steps
 from cluster.control.tables import plan_view, quality_view, status_view
-from cluster.errors import ControlError, MantaError, UsageError
+from cluster.errors import UsageError
 from cluster.plan.diff import Nothing
-from cluster.units import parse_seconds
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
-_DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
-_INTERRUPTED = 130
 
 _EPILOG = """\
 a first session:
@@ -54,23 +62,7 @@ exit status: 0 done, 1 failed, 2 wrong command line, config or plan
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     args = _parser().parse_args(argv)
-    try:
-        return int(args.run(args))
-    except MantaError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_status
-    except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. Run the same command again to go on from here.\n")
-        return _INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (`| head`) has enough
-        return 0
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise  # not about a file: a bug, whose trace is wanted
-        place = f"{error.filename}: " if error.filename is not None else ""
-        sys.stderr.write(f"{place}{error.strerror}; check that storage exists, is writable, and has space\n")
-        return 1
+    return carry_out(lambda: int(args.run(args)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(verbs, "plan", _plan, "show what would run where, and what `up` would do now", config=True)
     up_verb = _add(verbs, "up", _up, "make the cluster as the config says", config=True)
     up_verb.add_argument(
-        "--timeout", type=_seconds, default=1800.0, metavar="TIME", help="longest wait for the models (default 30m)"
+        "--timeout", type=seconds, default=1800.0, metavar="TIME", help="longest wait for the models (default 30m)"
     )
     _add(verbs, "status", _status, "list models, versions, replicas and stages", config=True)
     _add(verbs, "down", _down, "stop what `up` started, and nothing else", config=True)
@@ -106,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    verbs: Verbs,
     name: str,
     run: Callable[[argparse.Namespace], int],
     summary: str,
@@ -114,16 +106,15 @@ def _add(
     config: bool = False,
     as_json: bool = True,
 ) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parser = add_verb(verbs, name, summary, run)
     if config:
-        parser.add_argument("config", type=Path, metavar="CONFIG", help="the YAML file")
+        add_config(parser)
     if as_json:
-        parser.add_argument("--json", action="store_true", help="print JSON for programs")
-    parser.set_defaults(run=run)
+        add_json(parser)
     return parser
 
 
-def _add_chat(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_chat(verbs: Verbs) -> None:
     chat = _add(verbs, "chat", _chat, "talk to a model; without PROMPT, a conversation", as_json=False)
     chat.add_argument("model", metavar="MODEL", help="name of the model in the YAML")
     chat.add_argument("prompt", metavar="PROMPT", nargs="?", help="one question; - reads it from standard input")
@@ -136,18 +127,18 @@ def _add_chat(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     where.add_argument("--url", help=f"base URL of the gateway (default {_DEFAULT_URL})")
 
 
-def _add_logs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_logs(verbs: Verbs) -> None:
     logs = _add(verbs, "logs", _logs, "print the logs of a model's replicas and stages")
     logs.add_argument("model", metavar="MODEL", help="a model, an application such as smollm2-v1, or gateway")
-    logs.add_argument("config", type=Path, metavar="CONFIG", nargs="?", help="the YAML file")
-    logs.add_argument("--dashboard", metavar="URL", help=f"without CONFIG: the Ray dashboard ({_DEFAULT_DASHBOARD})")
+    add_config(logs, optional=True)
+    logs.add_argument("--dashboard", metavar="URL", help=f"without CONFIG: the Ray dashboard ({DEFAULT_DASHBOARD})")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as lines are added, until Ctrl-C")
     logs.add_argument(
-        "-n", "--lines", type=_count, default=100, metavar="N", help="last N lines of each (default 100)"
+        "-n", "--lines", type=count, default=100, metavar="N", help="last N lines of each (default 100)"
     )
 
 
-def _add_quality(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_quality(verbs: Verbs) -> None:
     quality = _add(
         verbs, "quality", _quality, "measure what int8 and int4 weights would cost a model in quality", config=True
     )
@@ -157,7 +148,7 @@ def _add_quality(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     quality.add_argument(
         "--windows",
-        type=_count,
+        type=count,
         default=8,
         metavar="N",
         help="pieces of 1024 tokens (or of the context, if shorter) to read from all over it (default 8)",
@@ -167,7 +158,7 @@ def _add_quality(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _validate(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     if args.json:
-        _print_json(config.model_dump(mode="json"))
+        print_json(config.model_dump(mode="json"))
     else:
         counted = {"models": config.models, "jobs": config.jobs}
         said = [
@@ -175,14 +166,14 @@ def _validate(args: argparse.Namespace) -> int:
             for what, entries in counted.items()
             if entries
         ]
-        _print(f"{args.config} is valid: cluster {config.name} with {' and '.join(said)}.")
+        print_line(f"{args.config} is valid: cluster {config.name} with {' and '.join(said)}.")
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
     plan, actions = plan_actions(load_config(args.config))
     if args.json:
-        _print_json({"plan": plan.model_dump(mode="json"), "actions": [_action(action) for action in actions]})
+        print_json({"plan": plan.model_dump(mode="json"), "actions": [_action(action) for action in actions]})
     else:
         Console().print(plan_view(plan, actions))
     return 0
@@ -200,7 +191,7 @@ def _up(args: argparse.Namespace) -> int:
     finally:
         report.close()
     if args.json:
-        _print_json(
+        print_json(
             {
                 "url": f"{url}/v1",
                 "dashboard": applied.dashboard_url,
@@ -211,8 +202,8 @@ def _up(args: argparse.Namespace) -> int:
             }
         )
     else:
-        _print(f"Up after {time.monotonic() - began:.1f} s." if changed else Nothing().sentence)
-        _print(next_steps(config, applied.plan, applied.dashboard_url, answers, str(args.config), own_command()))
+        print_line(f"Up after {time.monotonic() - began:.1f} s." if changed else Nothing().sentence)
+        print_line(next_steps(config, applied.plan, applied.dashboard_url, answers, str(args.config), own_command()))
     return 0
 
 
@@ -228,7 +219,7 @@ def _status(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     status = cluster_status(config.name, ray_of(config).dashboard())
     if args.json:
-        _print_json(status.model_dump(mode="json"))
+        print_json(status.model_dump(mode="json"))
     else:
         Console().print(status_view(status))
     return 0
@@ -242,9 +233,9 @@ def _down(args: argparse.Namespace) -> int:
     finally:
         report.close()
     if args.json:
-        _print_json({"stopped": stopped})
+        print_json({"stopped": stopped})
     else:
-        _print(f"Cluster {config.name} is down." if stopped else f"Nothing of cluster {config.name} runs.")
+        print_line(f"Cluster {config.name} is down." if stopped else f"Nothing of cluster {config.name} runs.")
     return 0
 
 
@@ -256,7 +247,7 @@ def _quality(args: argparse.Namespace) -> int:
     finally:
         report.close()
     if args.json:
-        _print_json([asdict(each) for each in qualities])
+        print_json([asdict(each) for each in qualities])
     else:
         (model,) = (model for model in config.models if model.name == args.model)
         Console().print(quality_view(qualities, written_format(model)))
@@ -269,7 +260,7 @@ def _chat(args: argparse.Namespace) -> int:
     if args.prompt is None and sys.stdin.isatty():
         import readline  # noqa: F401, PLC0415 (gives input() line editing and history; only a conversation wants it)
 
-        _print(f"Talking to {args.model}. Ctrl-C stops an answer, Ctrl-D leaves.")
+        print_line(f"Talking to {args.model}. Ctrl-C stops an answer, Ctrl-D leaves.")
         converse(gateway, args.model)
         return 0
     prompt = sys.stdin.read().strip() if args.prompt in (None, "-") else args.prompt
@@ -287,7 +278,7 @@ def _logs(args: argparse.Namespace) -> int:
     read = follow_logs if args.follow else read_logs
     try:
         for line in read(dashboard, files, args.lines):
-            _print(_log_line(line, as_json=args.json))
+            print_line(_log_line(line, as_json=args.json))
     except KeyboardInterrupt:
         return 0
     return 0
@@ -295,12 +286,8 @@ def _logs(args: argparse.Namespace) -> int:
 
 def _dashboard_of(path: Path | None, url: str | None) -> Dashboard:
     if path is None:
-        return Dashboard.with_token_from_environment(url or _DEFAULT_DASHBOARD)
-    config: ClusterConfig = load_config(path)
-    dashboard = ray_of(config).dashboard()
-    if dashboard is None:
-        raise ControlError(f"cluster {config.name} does not run; start it with `manta up {path}`")
-    return dashboard
+        return Dashboard.with_token_from_environment(url or DEFAULT_DASHBOARD)
+    return running_dashboard(load_config(path), path)
 
 
 def _log_line(line: LogLine, *, as_json: bool) -> str:
@@ -310,31 +297,9 @@ def _log_line(line: LogLine, *, as_json: bool) -> str:
 
 
 def _schema(args: argparse.Namespace) -> int:  # noqa: ARG001 (the signature of a verb)
-    _print_json(json_schema())
+    print_json(json_schema())
     return 0
 
 
 def _action(action: object) -> dict[str, object]:
     return {name: getattr(action, name) for name in ("kind", "sentence", "apps", "model") if hasattr(action, name)}
-
-
-def _seconds(text: str) -> float:
-    try:
-        return parse_seconds(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write 1 or more")
-    return int(text)
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-def _print_json(value: object) -> None:
-    _print(json.dumps(value, indent=2))

@@ -4,12 +4,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 
+from cluster.command_line import Verbs, add_config, add_json, add_verb, count, seconds
 from cluster.config.load import load_config
 from cluster.control.drill.phase import Options
 from cluster.errors import UsageError
-from cluster.units import exact_seconds, parse_seconds
+from cluster.units import exact_seconds
 
 _EPILOG = """\
 A drill kills and stops processes of one model's replicas, changes its config and puts it back, and asks more than
@@ -20,28 +20,22 @@ exit status: 0 every promise was kept, 1 one was broken, 2 wrong command line or
 """
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(verbs: Verbs) -> None:
     """Add the ``drill`` verb."""
-    summary = "hurt the cluster under traffic and see whether its promises hold"
-    drill = subparsers.add_parser(
-        "drill", help=summary, description=f"{summary.capitalize()}.", epilog=_EPILOG, formatter_class=_FORMATTER
-    )
-    drill.add_argument("config", type=Path, metavar="CONFIG", nargs="?", help="the YAML file")
+    drill = add_verb(verbs, "drill", "hurt the cluster under traffic and see whether its promises hold", run)
+    drill.epilog, drill.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
+    add_config(drill, optional=True)
     drill.add_argument("scenarios", metavar="SCENARIO", nargs="*", help="which to play (default: all but soak)")
     drill.add_argument("--list", action="store_true", help="list the scenarios and do nothing")
     drill.add_argument("--yes", action="store_true", help="do not ask before killing anything")
-    drill.add_argument("--json", action="store_true", help="print JSON for programs")
+    add_json(drill)
     drill.add_argument("--model", metavar="MODEL", help="which model (default: the first that generates)")
     for flag, field, read, metavar, text in _OPTIONS:
         default = getattr(Options(), field)
-        shown = exact_seconds(default) if read is _seconds else default
+        shown = exact_seconds(default) if read is seconds else default
         drill.add_argument(
             flag, dest=field, type=read, default=default, metavar=metavar, help=f"{text} (default {shown})"
         )
-    drill.set_defaults(run=run)
-
-
-_FORMATTER = argparse.RawDescriptionHelpFormatter
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,26 +63,13 @@ def _agree(what: str, *, yes: bool) -> None:
         raise UsageError("manta drill: nothing was done")
 
 
-def _seconds(text: str) -> float:
-    try:
-        return parse_seconds(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write 1 or more")
-    return int(text)
-
-
 _OPTIONS: tuple[tuple[str, str, Callable[[str], float], str, str], ...] = (
-    ("--streams", "lanes", _count, "N", "open at the same time"),
-    ("--requests", "min_requests", _count, "N", "in each scenario, at least"),
-    ("--patience", "patience_s", _seconds, "TIME", "what takes longer counts as never ending"),
-    ("--rounds", "rounds", _count, "N", "times that kill-stage kills every stage"),
-    ("--load", "load_s", _seconds, "TIME", "length of each part of the overload"),
-    ("--cycles", "num_cycles", _count, "N", "connections that are opened and dropped"),
-    ("--soak", "soak_s", _seconds, "TIME", "length of the soak"),
+    ("--streams", "lanes", count, "N", "open at the same time"),
+    ("--requests", "min_requests", count, "N", "in each scenario, at least"),
+    ("--patience", "patience_s", seconds, "TIME", "what takes longer counts as never ending"),
+    ("--rounds", "rounds", count, "N", "times that kill-stage kills every stage"),
+    ("--load", "load_s", seconds, "TIME", "length of each part of the overload"),
+    ("--cycles", "num_cycles", count, "N", "connections that are opened and dropped"),
+    ("--soak", "soak_s", seconds, "TIME", "length of the soak"),
     ("--seed", "seed", int, "N", "of prompts, and of the moments of the kills"),
 )

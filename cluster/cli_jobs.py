@@ -1,50 +1,42 @@
 """``manta train``, ``jobs`` and ``stop``: arguments in, submissions to the cluster, tables and an exit status out."""
 
 import argparse
-import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 
+from cluster.command_line import DEFAULT_DASHBOARD, INTERRUPTED, Verbs, add_config, add_json, add_verb, print_json
 from cluster.config.load import load_config
-from cluster.config.schema import ClusterConfig
 from cluster.control.dashboard import Dashboard
 from cluster.control.follow import follow, view_on
 from cluster.control.job_status import job_statuses, jobs_view, submitted_jobs
 from cluster.control.jobs import Submission, newest, stop, submissions, submit
-from cluster.control.provider import ray_of
+from cluster.control.provider import ray_of, running_dashboard
 from cluster.errors import ControlError, UsageError
 from cluster.plan.jobs import plan_job
 
-DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
-_INTERRUPTED = 130
 
-
-def add_parsers(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parsers(verbs: Verbs) -> None:
     """Add the three verbs; ``run`` carries each out."""
-    train = _add(verbs, "train", "submit a job of the config to the cluster; again, to continue it")
+    train = _add(verbs, "train", _train, "submit a job of the config to the cluster; again, to continue it")
     train.add_argument("job", metavar="JOB", help="name of the job, of any kind")
     train.add_argument("-f", "--follow", action="store_true", help="show its log and progress until it ends")
     train.add_argument("--dry-run", action="store_true", help="only check and show what would run, on this machine")
-    train.set_defaults(run=_train)
-    jobs = _add(verbs, "jobs", "list the jobs of a config, or of a cluster, and what they are at", optional=True)
+    jobs = _add(verbs, "jobs", _jobs, "list the jobs of a config or a cluster, and what they are at", optional=True)
     jobs.add_argument("--dashboard", metavar="URL", help=f"without CONFIG: the Ray dashboard ({DEFAULT_DASHBOARD})")
-    jobs.set_defaults(run=_jobs)
-    stop_verb = _add(verbs, "stop", "let a job save what it has, and end it; `train` continues it")
+    stop_verb = _add(verbs, "stop", _stop, "let a job save what it has, and end it; `train` continues it")
     stop_verb.add_argument("job", metavar="JOB", help="name of the job")
-    stop_verb.set_defaults(run=_stop)
 
 
 def _add(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str, *, optional: bool = False
+    verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int], summary: str, *, optional: bool = False
 ) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    count = "?" if optional else None
-    parser.add_argument("config", type=Path, metavar="CONFIG", nargs=count, help="the YAML file")
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser = add_verb(verbs, name, summary, run)
+    add_config(parser, optional=optional)
+    add_json(parser)
     return parser
 
 
@@ -53,7 +45,7 @@ def _train(args: argparse.Namespace) -> int:
     plan = plan_job(config, args.job)
     if args.dry_run:
         return _dry_run(args)
-    dashboard = _running(config, args.config)
+    dashboard = running_dashboard(config, args.config)
     last = newest(submissions(dashboard, config.name), args.job)
     if args.follow and last is not None and last.active:
         submission_id = last.id
@@ -75,7 +67,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def _tell_submitted(args: argparse.Namespace, submission_id: str, dashboard: Dashboard) -> int:
     if args.json:
-        _print_json({"job": args.job, "submission": submission_id})
+        print_json({"job": args.job, "submission": submission_id})
     else:
         _say(f"Follow it with `manta train {args.config} {args.job} --follow`, or at {dashboard.url}/#/jobs.")
     return 0
@@ -89,9 +81,9 @@ def _follow(args: argparse.Namespace, dashboard: Dashboard, submission_id: str) 
             f"\n{args.job} goes on without you. `manta train {args.config} {args.job} --follow` shows it again, "
             f"`manta stop {args.config} {args.job}` ends it."
         )
-        return _INTERRUPTED
+        return INTERRUPTED
     if args.json:
-        _print_json({"job": args.job, "submission": submission_id, "state": ended.state, "message": ended.message})
+        print_json({"job": args.job, "submission": submission_id, "state": ended.state, "message": ended.message})
     else:
         _say(_ending(ended))
     return 0 if ended.state == "SUCCEEDED" else 1
@@ -121,7 +113,7 @@ def _jobs(args: argparse.Namespace) -> int:
         title = config.name
         statuses = job_statuses(config, [] if running is None else submissions(running, config.name))
     if args.json:
-        _print_json([asdict(status) for status in statuses])
+        print_json([asdict(status) for status in statuses])
     else:
         Console().print(jobs_view(title, statuses))
     return 0
@@ -130,30 +122,19 @@ def _jobs(args: argparse.Namespace) -> int:
 def _stop(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     plan_job(config, args.job)
-    last = newest(submissions(_running(config, args.config), config.name), args.job)
+    last = newest(submissions(running_dashboard(config, args.config), config.name), args.job)
     if last is None or not last.active:
         state = "was never submitted" if last is None else f"has ended already ({last.state.lower()})"
         raise ControlError(f"job {args.job} of {config.name} {state}; there is nothing to stop")
     _say(f"Stopping {last.id}: it saves what it has.")
-    ended = stop(_running(config, args.config), last)
+    ended = stop(running_dashboard(config, args.config), last)
     if args.json:
-        _print_json({"job": args.job, "submission": ended.id, "state": ended.state})
+        print_json({"job": args.job, "submission": ended.id, "state": ended.state})
     else:
         _say(_ending(ended))
     return 0
 
 
-def _running(config: ClusterConfig, path: Path) -> Dashboard:
-    dashboard = ray_of(config).dashboard()
-    if dashboard is None:
-        raise ControlError(f"cluster {config.name} does not run; start it with `manta up {path}`")
-    return dashboard
-
-
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")

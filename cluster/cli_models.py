@@ -4,7 +4,6 @@ The registry is the one of ``--config FILE`` (its ``storage``), or of ``--storag
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cluster.command_line import Verbs, add_json, add_verb, print_json
 from cluster.config.load import load_config
 from cluster.config.models import Task
 from cluster.config.schema import ClusterConfig
@@ -34,16 +34,16 @@ from cluster.units import format_bytes, parse_seconds
 DEFAULT_STORAGE = "~/.manta"
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(subparsers: Verbs) -> None:
     """Add the ``models`` verb and its own verbs; ``run`` carries them out."""
     models = subparsers.add_parser("models", help="list, import, verify, alias and clean up model versions")
     verbs = models.add_subparsers(dest="models_verb", required=True, metavar="VERB")
     for name, summary, add_arguments in _VERBS:
-        verb = verbs.add_parser(name, help=summary, description=summary)
+        verb = add_verb(verbs, name, summary)
         add_arguments(verb)
         verb.add_argument("--config", type=Path, metavar="FILE", help="use the storage of this config")
         verb.add_argument("--storage", metavar="PATH-OR-URI", help=f"use this storage (default {DEFAULT_STORAGE})")
-        verb.add_argument("--json", action="store_true", help="print JSON for programs")
+        add_json(verb)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,7 +92,7 @@ def _list(registry: Registry, _: ClusterConfig | None, args: argparse.Namespace)
     versions = [version for name in names for version in registry.versions(name)]
     pointers = {name: _aliases(registry, name) for name in names}
     if args.json:
-        _print_json([_summary(version, pointers[version.name]) for version in versions])
+        print_json([_summary(version, pointers[version.name]) for version in versions])
         return 0
     table = Table("model", "version", "task", "dtype", "architecture", "size", "aliases", "published")
     for column in table.columns[:4]:
@@ -120,7 +120,7 @@ def _show(registry: Registry, _: ClusterConfig | None, args: argparse.Namespace)
     pinned = version.version in pins(registry, version.name)
     if args.json:
         manifest = version.model_dump(mode="json")
-        _print_json(manifest | {"pinned": pinned, "aliases": [move.model_dump(mode="json") for move in moves]})
+        print_json(manifest | {"pinned": pinned, "aliases": [move.model_dump(mode="json") for move in moves]})
         return 0
     console = Console()
     described = version.model_dump(mode="json", exclude={"files", "lineage", "metrics"})
@@ -148,7 +148,7 @@ def _import(registry: Registry, config: ClusterConfig | None, args: argparse.Nam
             for wanted in _imports(config, args)
         ]
     if args.json:
-        _print_json([_summary(version, _aliases(registry, version.name)) for version in versions])
+        print_json([_summary(version, _aliases(registry, version.name)) for version in versions])
         return 0
     for version in versions:
         sys.stdout.write(f"{version.reference}  {format_bytes(version.total_bytes)}  {version.source}\n")
@@ -191,7 +191,7 @@ def _verify(registry: Registry, _: ClusterConfig | None, args: argparse.Namespac
                 registry, version, remove_damaged=args.remove_damaged, progress=progress
             )
     if args.json:
-        _print_json(found)
+        print_json(found)
     else:
         for reference, problems in found.items():
             sys.stdout.write("\n".join(problems or [f"{reference}: good"]) + "\n")
@@ -217,7 +217,7 @@ def _gc(registry: Registry, config: ClusterConfig | None, args: argparse.Namespa
     running = _served(registry, _storage(config, args), config, args.running)
     collected = collect(registry, running=running, keep_last=args.keep_last, grace_s=grace_s, dry_run=args.dry_run)
     if args.json:
-        _print_json(
+        print_json(
             {
                 "dry_run": args.dry_run,
                 "versions": collected.versions,
@@ -262,7 +262,7 @@ def _unpin(registry: Registry, _: ClusterConfig | None, args: argparse.Namespace
 
 def _print_pin(version: ModelVersion, pinned: bool, as_json: bool) -> int:
     if as_json:
-        _print_json({"name": version.name, "version": version.version, "pinned": pinned})
+        print_json({"name": version.name, "version": version.version, "pinned": pinned})
     else:
         sys.stdout.write(f"{version.reference} is {'pinned' if pinned else 'no longer pinned'}\n")
     return 0
@@ -270,7 +270,7 @@ def _print_pin(version: ModelVersion, pinned: bool, as_json: bool) -> int:
 
 def _print_move(model: str, move: AliasMove, as_json: bool) -> int:
     if as_json:
-        _print_json({"model": model} | move.model_dump(mode="json"))
+        print_json({"model": model} | move.model_dump(mode="json"))
     else:
         before = f", before it {move.previous}" if move.previous else ""
         sys.stdout.write(f"{model}@{move.alias} -> {move.version} (generation {move.generation}{before})\n")
@@ -287,10 +287,6 @@ def _summary(version: ModelVersion, moves: list[AliasMove]) -> dict[str, Any]:
     aliases = [move.alias for move in moves if move.version == version.version]
     sizes = {"bytes": version.total_bytes, "content_digest": version.content_digest}
     return version.model_dump(mode="json", include=keys) | sizes | {"aliases": aliases}
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def _add_list(parser: argparse.ArgumentParser) -> None:

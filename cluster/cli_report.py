@@ -1,10 +1,9 @@
 """``manta report``: a config and the name of a job in, a page about its newest run out."""
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
+from cluster.command_line import Verbs, add_config, add_json, add_verb, print_json, print_line
 from cluster.config.load import load_config
 from cluster.errors import UsageError
 from cluster.runs.files import REPORT, job_directory, newest_run, run_directories, storage_directory
@@ -12,16 +11,14 @@ from cluster.runs.page.render import render
 from cluster.runs.record import read_run
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(verbs: Verbs) -> None:
     """Add the ``report`` verb."""
-    summary = "write one HTML page about a job's newest run: curves, data, evaluation"
-    report = subparsers.add_parser("report", help=summary, description=f"{summary.capitalize()}.")
-    report.add_argument("config", type=Path, metavar="CONFIG", help="the YAML file")
+    report = add_verb(verbs, "report", "write one HTML page about a job's newest run: curves, data, evaluation", run)
+    add_config(report)
     report.add_argument("job", metavar="JOB", help="name of the job in the YAML")
     report.add_argument("--run", dest="run_id", metavar="RUN", help="this run, not the newest")
     report.add_argument("--out", type=Path, metavar="FILE", help=f"where to (default: {REPORT} beside the run)")
-    report.add_argument("--json", action="store_true", help="print JSON for programs")
-    report.set_defaults(run=run)
+    add_json(report)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
     path.write_text(render(record), encoding="utf-8")
     if args.json:
         found = {"job": args.job, "run": record.state.run_id, "status": record.state.status, "report": str(path)}
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        print_json(found)
     else:
-        sys.stdout.write(f"{record.state.run_id}, {record.state.status}: {path}\n")
+        print_line(f"{record.state.run_id}, {record.state.status}: {path}")
     return 0
 
 

@@ -5,47 +5,37 @@ What happens goes to standard error line by line, the result to standard output.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
+from cluster.command_line import add_config, add_json, add_verb, carry_out, print_json
 from cluster.config.load import load_config
 from cluster.control.code import check_code_digest
 from cluster.control.report import report_to
-from cluster.errors import MantaError
 from train_jobs.running import do
 
 _COLUMNS = 80
-_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     args = _parser().parse_args(argv)
-    try:
-        return _run(args)
-    except MantaError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_status
-    except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. Run the same command again to go on from here.\n")
-        return _INTERRUPTED
+    return carry_out(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train_jobs", description="Runs jobs of a config.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     summary = "run a job to its end, from wherever an earlier submission of it got to"
-    verb = verbs.add_parser("run", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    verb.add_argument("config", type=Path, metavar="CONFIG", help="the YAML file")
+    verb = add_verb(verbs, "run", summary)
+    add_config(verb)
     verb.add_argument("job", metavar="JOB", help="name of the job in it")
     verb.add_argument(
         "--dry-run", action="store_true", help="check and show what would run; downloads what it must look at"
     )
-    verb.add_argument("--json", action="store_true", help="print JSON for programs")
+    add_json(verb)
     verb.add_argument("--code-digest", metavar="SHA256", help="refuse to run with other code than this")
     return parser
 
@@ -60,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
     finally:
         report.close()
     if args.json:
-        sys.stdout.write(json.dumps(shown.values, indent=2) + "\n")
+        print_json(shown.values)
     else:
         Console(width=None if sys.stdout.isatty() else _COLUMNS).print(shown.view)
     return 0

@@ -77,6 +77,14 @@ def test_what_cannot_be_is_one_line_and_a_status(
     assert "Traceback" not in captured.err
 
 
+def test_a_storage_that_cannot_be_written_is_one_line(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (yaml.parent / "storage").write_text("a file where a directory should be")
+    assert main(["run", str(yaml), "days"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "storage" in line
+    assert line.endswith("check that storage exists, is writable, and has space")
+
+
 def test_other_code_than_was_submitted_is_refused(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(yaml), "days", "--code-digest", "0" * 64]) == 1
     assert "runs other code than the plan was made with" in capsys.readouterr().err
