@@ -30,7 +30,7 @@ Watcher = Callable[[RunState], None]
 
 NAMESPACE = "manta-train"
 _SETTINGS = {
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's /api/train/v2/runs/v1
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # RoomPolicy looks at draining nodes itself, and saves first
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # groups are started when they fit

@@ -1,6 +1,7 @@
 """Runs on a Ray of several nodes: whatever happens to workers, drivers and nodes, the result is the same."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import requests
 import torch
 
 from cluster.errors import PlanError
@@ -195,8 +197,20 @@ def hold(node: str, cpus: float) -> Any:
     return holder
 
 
+def wait_for_metrics(*patterns: str) -> None:
+    """Until the nodes export a line for each of the patterns."""
+    wanted, deadline = set(patterns), time.monotonic() + _PATIENCE_S
+    while wanted:
+        assert time.monotonic() < deadline, f"never exported: {wanted}"
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
+        exported = "".join(requests.get(url, timeout=30).text for url in urls)
+        wanted = {pattern for pattern in wanted if not re.search(pattern, exported)}
+        time.sleep(0.5)
+
+
 def test_workers_come_and_go_and_serving_keeps_its_cores(raylets: Raylets, folder: Path) -> None:
-    steps = 120
+    steps = 160
     expected = run(tiny_run(folder, "fixed", steps=steps))
     first, second = hold("a", 1.0), hold("b", 1.0)
     idle = start_driver(raylets, tiny_run(folder, "idle"), folder)
@@ -211,6 +225,8 @@ def test_workers_come_and_go_and_serving_keeps_its_cores(raylets: Raylets, folde
     assert not waiting.attempts
     ray.kill(first)
     alone = wait_until(spec, lambda state: state.step >= 5)
+    names = ("step", "loss", "grad_norm", "tokens_total", "data_wait_seconds_total")
+    wait_for_metrics(*(f'ray_manta_train_{name}{{.*job="tiny"' for name in names))
     wait_until(spec, lambda state: state.changed > alone.changed + 4.0)  # resizes are considered every second
     assert [one.num_workers for one in read_state(spec.run_dir).attempts] == [1]
     ray.kill(second)
