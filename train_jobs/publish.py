@@ -23,12 +23,12 @@ from cluster.registry.store import Registry
 from cluster.runs.files import EVALUATION
 from cluster.runs.record import Evaluation
 from cluster.runs.state import RunState, read_state, write_state
-from train_jobs.materials import Materials, gather
-from train_jobs.requirements import missed
+from train_jobs.evaluation.requirements import missed
 from train_jobs.run_spec import RunSpec
 from train_jobs.trainer.committed import read_meta
 from train_jobs.trainer.errors import CheckpointError
 from train_jobs.trainer.hooks import TrainResult
+from train_jobs.trainer.materials import Materials, gather
 from train_jobs.trainer.state import trained_weights
 from train_jobs.trainer.strategies.strategy import evaluating
 

@@ -11,13 +11,13 @@ from cluster.config.schema import ClusterConfig
 from cluster.control.report import Report
 from cluster.errors import PlanError
 from cluster.plan.jobs import JobKind, plan_job
-from train_jobs.shown import Shown
+from train_jobs.views.shown import Shown
 
 MODULES: dict[JobKind, str] = {
-    "prepare": "train_jobs.preparing",
-    "train": "train_jobs.training",
-    "tune": "train_jobs.tune",
-    "evaluate": "train_jobs.evaluate",
+    "prepare": "train_jobs.kinds.prepare",
+    "train": "train_jobs.kinds.train",
+    "tune": "train_jobs.kinds.tune",
+    "evaluate": "train_jobs.kinds.evaluate",
 }
 """Where ``run(config, plan, report)`` and ``look(config, plan, report)`` of each kind are; both return Shown."""
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from cluster.control.code import code_digest
 from tests.support.tiny_task import TinyShards, TinyTask, tiny_spec
-from train_jobs.materials import Materials
 from train_jobs.run_spec import RunSpec, WorkerNeeds
 from train_jobs.trainer.errors import TrainingError
+from train_jobs.trainer.materials import Materials
 from train_jobs.trainer.spec import CheckpointSpec, Ddp, DurationSpec, Sgd
 from train_jobs.trainer.task import LossParts, MicroBatch
 

@@ -10,12 +10,12 @@ from ray import train
 from ray.train.torch import get_device
 
 from cluster.control.code import check_code_digest
-from train_jobs.materials import gather
 from train_jobs.run_spec import RunSpec
 from train_jobs.supervision.messages import Place
 from train_jobs.supervision.pulse import BEAT_S, Pulse
 from train_jobs.trainer.hooks import Hooks, TrainResult
 from train_jobs.trainer.loop import Trainer
+from train_jobs.trainer.materials import gather
 from train_jobs.trainer.world import World
 
 

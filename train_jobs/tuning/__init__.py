@@ -2,5 +2,5 @@
 
 points.py which values to try · tpe.py values where good ones were · trials.py what became of each, and the best
 trial.py one run, as Ray Tune asks for it · scores.py what it is worth · log_tail.py evaluations as they are logged
-sweep.py all of them · view.py the table for people
+sweep.py all of them
 """

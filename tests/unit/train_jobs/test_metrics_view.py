@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 
 from train_jobs.evaluation.classes import ClassSums
-from train_jobs.metrics_view import metrics_view
+from train_jobs.views.metrics import metrics_view
 
 
 def test_metrics_of_a_classifier_are_a_list_and_a_table() -> None:

@@ -13,12 +13,12 @@ from cluster.registry.materialize import materialize
 from cluster.registry.store import Registry
 from tests.support.tiny_run import tiny_run
 from tests.support.tiny_task import EVALUATION
-from train_jobs.materials import gather
+from train_jobs.evaluation.requirements import missed
 from train_jobs.publish import PublishPlan, evaluate, evaluate_and_publish
-from train_jobs.requirements import missed
 from train_jobs.run_spec import RunSpec
 from train_jobs.supervision.worker import train_here
 from train_jobs.trainer.hooks import NoHooks, TrainResult
+from train_jobs.trainer.materials import gather
 from train_jobs.trainer.state import trained_weights
 from train_jobs.trainer.world import World
 

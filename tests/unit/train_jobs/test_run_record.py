@@ -10,11 +10,11 @@ from cluster.runs.page.render import render
 from cluster.runs.record import read_run
 from cluster.runs.state import RunState, write_state
 from tests.support.train_site import Site
+from train_jobs.kinds.train import run_spec
 from train_jobs.resolving import look_at_data, resolve
 from train_jobs.supervision.worker import train_here
 from train_jobs.trainer.hooks import NoHooks
 from train_jobs.trainer.world import World
-from train_jobs.training import run_spec
 
 
 def test_a_real_run_is_read_whole(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 from cluster.errors import PlanError
 from cluster.runs.state import read_state
 from tests.support.tiny_run import tiny_run
-from train_jobs.materials import gather
 from train_jobs.run_spec import allowed_sizes
 from train_jobs.supervision.messages import Beat, Place, Progress
 from train_jobs.supervision.monitor import Monitor
@@ -20,6 +19,7 @@ from train_jobs.supervision.restarts import Restarts
 from train_jobs.supervision.room import count_places, describe_shortage, free_again, largest
 from train_jobs.supervision.stacks import dump_and_end
 from train_jobs.supervision.watchdog import Watch
+from train_jobs.trainer.materials import gather
 from train_jobs.trainer.spec import Pipeline
 
 NEEDS = {"CPU": 0.5, "train_slot": 1.0}

@@ -23,7 +23,7 @@ from train_jobs.tuning.points import planned_points
 from train_jobs.tuning.scores import Score
 from train_jobs.tuning.tpe import make_searcher, read_point
 from train_jobs.tuning.trials import Table, choose_best
-from train_jobs.tuning.view import sweep_view, value_text
+from train_jobs.views.sweep import sweep_view, value_text
 
 
 def tune_spec(**changes: Any) -> TuneSpec:

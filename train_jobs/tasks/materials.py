@@ -6,9 +6,9 @@ from typing import Any
 
 from cluster.runs.prepared import SIDES, read_manifest
 from train_jobs.data.shards import Shards
-from train_jobs.materials import Materials
 from train_jobs.tasks.build import build_task
 from train_jobs.tasks.spec import TaskSpec
+from train_jobs.trainer.materials import Materials
 
 OPEN = f"{__name__}:open_materials"
 """This module's function, as a RunSpec names it."""

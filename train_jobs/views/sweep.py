@@ -3,18 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cluster.runs.sweep import Sweep, Trial, ranked
 from train_jobs.job import TuneSpec
+from train_jobs.views.tables import columns
 
 
 def sweep_view(sweep: Sweep) -> RenderableType:
     """All trials, the best first; errors below, as they are long."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = columns()
     table.add_column("trial", justify="right")
     for name in sweep.trials[0].values if sweep.trials else ():
         table.add_column(name, overflow="fold")
@@ -35,7 +34,7 @@ def points_view(spec: TuneSpec, points: Sequence[Mapping[str, Any]] | None) -> R
     if points is None:
         ranges = [f"{path}: {space.kind} {value_text(space.values)}" for path, space in spec.space.items()]
         return Group(heading, *(Text(line) for line in (f"{spec.trials} trials, chosen as they go, from", *ranges)))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = columns()
     table.add_column("trial", justify="right")
     for path in spec.space:
         table.add_column(path, overflow="fold")

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from train_jobs.data_tables import pairs
+from train_jobs.views.tables import columns, pairs
 
 _COUNTS = ("num_items", "num_targets", "num_pairs")
 
@@ -28,7 +27,7 @@ def metric_text(name: str, value: float) -> str:
 
 
 def _class_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = columns()
     table.add_column("class", overflow="fold")
     for name in ("precision", "recall", "F1", "items"):
         table.add_column(name, justify="right")

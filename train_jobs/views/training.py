@@ -12,9 +12,9 @@ from rich.text import Text
 from cluster.config.jobs_train import METRICS
 from cluster.runs.state import RunState
 from cluster.units import format_bytes
-from train_jobs.data_tables import NAME_COLUMNS, pairs
 from train_jobs.resolving import Resolved
 from train_jobs.trainer.hooks import TrainResult
+from train_jobs.views.tables import NAME_COLUMNS, pairs
 
 
 def train_view(resolved: Resolved) -> RenderableType:

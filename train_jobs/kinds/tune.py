@@ -21,17 +21,17 @@ from cluster.runs.prepared import Manifest
 from cluster.runs.state import RunState, write_state
 from cluster.runs.sweep import Sweep, Trial
 from train_jobs.job import TuneSpec, read_prepare, read_tune
+from train_jobs.kinds.prepare import connect, run_prepare
+from train_jobs.kinds.train import publish_plan, run_spec
 from train_jobs.launch import launch
-from train_jobs.preparing import connect, run_prepare
 from train_jobs.publish import Published, publish_run
 from train_jobs.resolving import Resolved, data_of, resolve
 from train_jobs.run_spec import RunSpec
-from train_jobs.shown import Shown
-from train_jobs.training import publish_plan, run_spec
 from train_jobs.tuning.points import planned_points
 from train_jobs.tuning.sweep import run_sweep
 from train_jobs.tuning.trials import Table
-from train_jobs.tuning.view import points_view, sweep_view, value_text
+from train_jobs.views.shown import Shown
+from train_jobs.views.sweep import points_view, sweep_view, value_text
 
 TRIALS = "trials"
 _FREE_TO_CHANGE = ("name", "trials", "concurrent")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -10,14 +9,12 @@ from rich.text import Text
 from cluster.plan.jobs import JobPlan
 from cluster.runs.prepared import Manifest, SplitEntry
 from train_jobs.data.spec import PrepareSpec
-
-NAME_COLUMNS = 16
-"""Width of the names before values."""
+from train_jobs.views.tables import columns, pairs
 
 
 def data_view(manifest: Manifest) -> RenderableType:
     """What a prepare job made: counts, labels, sources, notes."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = columns()
     table.add_column("split")
     for name in ("documents", "sequences", "tokens", "targets", "full", "cut"):
         table.add_column(name, justify="right")
@@ -58,23 +55,13 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _label_table(manifest: Manifest) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = columns()
     table.add_column("label")
     for name in manifest.splits:
         table.add_column(name, justify="right")
     for label in manifest.labels or ():
         counts = (split.label_counts.get(label, 0) for split in manifest.splits.values())
         table.add_row(label, *(f"{count:,}" for count in counts))
-    return table
-
-
-def pairs(facts: Sequence[tuple[str, str]]) -> Table:
-    """Names and values in two columns; long values go on below themselves."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(min_width=NAME_COLUMNS, style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts:
-        table.add_row(name, Text(value))
     return table
 
 

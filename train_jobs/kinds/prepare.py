@@ -15,9 +15,9 @@ from cluster.runs.prepared import Manifest
 from train_jobs.data.executors import Executor, InlineExecutor
 from train_jobs.data.prepare import find_current, prepare
 from train_jobs.data.ray_executor import RayDataExecutor
-from train_jobs.data_tables import data_view, prepare_view
 from train_jobs.job import read_prepare
-from train_jobs.shown import Shown
+from train_jobs.views.data import data_view, prepare_view
+from train_jobs.views.shown import Shown
 
 
 def run(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:

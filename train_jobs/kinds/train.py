@@ -15,14 +15,14 @@ from cluster.runs.files import storage_directory
 from cluster.runs.progress import Progress
 from cluster.runs.state import RunState, read_state
 from train_jobs.job import read_prepare, run_digest
-from train_jobs.job_materials import OPEN, PreparedData
+from train_jobs.kinds.prepare import connect, run_prepare
 from train_jobs.launch import launch
-from train_jobs.preparing import connect, run_prepare
 from train_jobs.publish import PublishPlan, publish_run
 from train_jobs.resolving import Resolved, data_of, look_at_data, resolve
 from train_jobs.run_spec import RunSpec, WorkerNeeds
-from train_jobs.shown import Shown
-from train_jobs.training_tables import train_values, train_view, trained_values, trained_view
+from train_jobs.tasks.materials import OPEN, PreparedData
+from train_jobs.views.shown import Shown
+from train_jobs.views.training import train_values, train_view, trained_values, trained_view
 
 _LINE_EVERY_S = 5.0
 

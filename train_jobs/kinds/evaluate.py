@@ -27,17 +27,17 @@ from cluster.runs.state import RunState, write_state
 from train_jobs.bases import find_version
 from train_jobs.data.fitting import check_fits
 from train_jobs.data.shards import Shards
-from train_jobs.data_tables import pairs
 from train_jobs.job import EvaluateSpec, read_evaluate
-from train_jobs.metrics_view import metrics_view
-from train_jobs.preparing import connect, run_prepare
-from train_jobs.shown import Shown
+from train_jobs.kinds.prepare import connect, run_prepare
 from train_jobs.tasks.build import build_task, outline_model
 from train_jobs.tasks.classify import Classifier
 from train_jobs.tasks.language import LanguageModel, check_language_model
 from train_jobs.tasks.networks import label_names, make_network, stored_config
 from train_jobs.tasks.spec import Checkpoint, TaskSpec
 from train_jobs.trainer.strategies.strategy import evaluating
+from train_jobs.views.metrics import metrics_view
+from train_jobs.views.shown import Shown
+from train_jobs.views.tables import pairs
 
 _SERVED_AS: dict[str, ServedTask] = {"lm": "generate", "sft": "generate", "classify": "classify"}
 """As what a model from outside the registry is imported."""
