@@ -516,27 +516,4 @@ class Alive(Message, frozen=True, kw_only=True):
 ReplicaToStage = Opened | CompactStep | EmbedInput
 StageToStage = Opened | Hidden | Chosen
 StageToReplica = StepOutput | EmbedOutput | StageFailed | Alive
-AnyMessage = (
-    Opened
-    | Generate
-    | Embed
-    | Classify
-    | Tokenize
-    | Detokenize
-    | Cancel
-    | Embedded
-    | Classified
-    | Tokenized
-    | Detokenized
-    | Refused
-    | Replies
-    | Load
-    | CompactStep
-    | Hidden
-    | Chosen
-    | StepOutput
-    | EmbedInput
-    | EmbedOutput
-    | StageFailed
-    | Alive
-)
+AnyMessage = GatewayToReplica | ReplicaToGateway | ReplicaToStage | StageToStage | StageToReplica

@@ -61,7 +61,6 @@ class ExistingProvider(StrictModel):
 
 Provider: TypeAlias = LocalProvider | ExistingProvider
 
-BUILT_IN_RESOURCES = ("CPU", "GPU", "memory")
 TRAIN_SLOT = "train_slot"
 """Ray's name for places for training workers: each takes one, besides its cores and GPUs."""
 

@@ -169,10 +169,6 @@ class ModelVersion(VersionSpec):
         names = ", ".join(entry.path for entry in self.files)
         raise RegistryError(f"{self.reference} has no file {path!r}; it has {names}")
 
-    def has_file(self, path: str) -> bool:
-        """Whether the version holds ``path``."""
-        return any(entry.path == path for entry in self.files)
-
     def to_json(self) -> bytes:
         """The manifest's bytes: JSON, indented, keys in field order, newline at the end."""
         return (self.model_dump_json(indent=2) + "\n").encode()

@@ -100,8 +100,6 @@ class ReplicaConnection:
         self._on_leaving = on_leaving
         self._inboxes: dict[str, _Inbox] = {}
         self._lost: ChannelError | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
@@ -126,10 +124,6 @@ class ReplicaConnection:
         """Requests that have not ended."""
         return len(self._inboxes)
 
-    async def wait_idle(self) -> None:
-        """Return when no request is open."""
-        await self._idle.wait()
-
     def note_draining(self) -> None:
         """The replica said that it is leaving; it is not chosen any more unless its next load says otherwise."""
         self.load = msgspec.structs.replace(self.load, draining=True)
@@ -150,7 +144,6 @@ class ReplicaConnection:
         if self._lost is not None:
             raise ReplicaLostError(str(self._lost))
         inbox = self._inboxes[request.request_id] = _Inbox()
-        self._idle.clear()
         ended = False
         try:
             self._channel.send_nowait(request)
@@ -169,8 +162,6 @@ class ReplicaConnection:
             raise ReplicaLostError(f"replica {self.replica_id}: {error}") from error
         finally:
             del self._inboxes[request.request_id]
-            if not self._inboxes:
-                self._idle.set()
             if not ended and self._lost is None:
                 self._cancel(request.request_id)
 

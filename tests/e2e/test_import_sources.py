@@ -53,7 +53,7 @@ def test_path_directory(registry: Registry, tmp_path: Path) -> None:
     assert (version.architecture, version.model_type, version.chat_template) == ("LlamaForCausalLM", "llama", True)
     assert (version.left_out, version.license) == (("pytorch_model.bin",), "apache-2.0")
     assert (version.source, version.source_sha256) == (f"path://{directory}", path_sha256(directory))
-    assert not version.has_file("pytorch_model.bin")
+    assert "pytorch_model.bin" not in [entry.path for entry in version.files]
     assert import_source(registry, "tiny", f"path://{directory}", task="generate", dtype="float32") == version
     assert list((registry.cache / "work").glob("*/")) == []
 
@@ -101,7 +101,7 @@ def test_other_dtype_is_converted_shard_by_shard(registry: Registry, tmp_path: P
             dtypes |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     assert dtypes == dict.fromkeys(llama_tensors(), "BF16")
     assert '"dtype": "bfloat16"' in (ready / "config.json").read_text()
-    assert version.has_file("model.safetensors.index.json")
+    assert version.file("model.safetensors.index.json").size
     assert (ready / "tokenizer_config.json").read_bytes() == (directory / "tokenizer_config.json").read_bytes()
     assert "converting" in seen
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.config.jobs import TASK_FORMATS
 from cluster.errors import DataError
 from cluster.registry.progress import Progress, no_progress
 from cluster.registry.sources.lock import import_lock
@@ -76,7 +75,6 @@ def _bring(
     spec: PrepareSpec, storage: str, work: Path, progress: Progress
 ) -> tuple[FoundTokenizer, tuple[Found, ...]]:
     """The tokenizer and the inputs, on this machine."""
-    _check_spec(spec)
     registry = Registry(storage)
     tokenizer = find_tokenizer(spec.tokenizer, registry, progress)
     if spec.task in ("sft", "dpo"):
@@ -87,28 +85,6 @@ def _bring(
         for number, each in enumerate(spec.inputs)
     )
     return tokenizer, tuple(found)
-
-
-def _check_spec(spec: PrepareSpec) -> None:
-    allowed = TASK_FORMATS[spec.task]
-    for number, each in enumerate(spec.inputs):
-        if each.format not in allowed:
-            raise DataError(
-                f"{spec.name}.inputs[{number}].format: {each.format} cannot hold rows of task {spec.task}; allowed: "
-                f"{', '.join(allowed)}"
-            )
-        if each.weight <= 0:
-            raise DataError(f"{spec.name}.inputs[{number}].weight: {each.weight}; allowed: more than 0")
-        try:
-            "".encode(each.encoding)
-        except LookupError as error:
-            raise DataError(f"{spec.name}.inputs[{number}].encoding: Python knows no {each.encoding!r}") from error
-    if not spec.inputs:
-        raise DataError(f"{spec.name}.inputs: none; name at least one")
-    if spec.sequence_tokens < 2:
-        raise DataError(f"{spec.name}.sequence_tokens: {spec.sequence_tokens}; allowed: 2 or more")
-    if not 0 <= spec.split.eval_fraction < 1:
-        raise DataError(f"{spec.name}.split.eval_fraction: {spec.split.eval_fraction}; allowed: 0 up to, not with, 1")
 
 
 def _digest(spec: PrepareSpec, tokenizer: FoundTokenizer, inputs: Sequence[Found]) -> str:

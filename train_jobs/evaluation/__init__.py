@@ -2,6 +2,5 @@
 
 exact.py sums that come out the same however data are cut · text.py perplexity, bits per byte, token accuracy
 classes.py accuracy, macro-F1, per-class table · calibration.py · preference.py pairs of answers
-labels.py the data's labels in the model's numbers · windows.py long text piece by piece · tokens.py logits to scores
-requirements.py whether metrics are good enough to publish
+labels.py the data's labels in the model's numbers · requirements.py whether metrics are good enough to publish
 """

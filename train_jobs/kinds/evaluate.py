@@ -77,7 +77,7 @@ def run(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
     kept = _Run(config, plan, found)
     try:
         metrics = _somewhere(found.spec, found.measurement)
-    except MantaError as error:
+    except Exception as error:
         kept.failed(str(error))
         raise
     directory = kept.done(metrics)

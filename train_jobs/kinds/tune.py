@@ -13,7 +13,6 @@ import msgspec
 from cluster.config.schema import ClusterConfig
 from cluster.control.report import Report
 from cluster.durable import write_json_durably
-from cluster.errors import MantaError
 from cluster.plan.jobs import JobPlan, plan_job, plan_trial
 from cluster.registry.progress import no_progress
 from cluster.runs.files import SPEC, prepared_directory, run_directory, storage_directory
@@ -52,7 +51,7 @@ def run(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
         best = table.close()
         report.say(f"Trial {best.number} is the best, with {spec.metric} {best.score:.4g}.")
         published = _publish(config, spec, manifest, directory, table, best)
-    except MantaError as error:
+    except Exception as error:
         state.end(status="failed", error=str(error))
         raise
     state.end(status="finished", published=table.sweep.published, notes=_notes(published))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.runs.log import StepReport
 from train_jobs.supervision.watchdog import Stage, Standstill
 
 Order = Literal["go", "pause", "stop"]
@@ -10,25 +11,14 @@ Order = Literal["go", "pause", "stop"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """The last step, as the first worker reports it."""
-
-    step: int
-    """Steps done."""
-    num_steps: int
-    loss: float
-    tokens_per_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """Where one worker of one attempt is; ``progress`` is the first worker's."""
+    """Where one worker of one attempt is; ``report``, of its last step, is the first worker's."""
 
     attempt: int
     rank: int
     stage: Stage
     step: int
-    progress: Progress | None = None
+    report: StepReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import msgspec
 
+from cluster.runs.log import StepReport
 from cluster.runs.state import AttemptState, RunState, write_state
 from train_jobs.run_spec import RunSpec
-from train_jobs.supervision.messages import Beat, Look, Order, Place, Progress
+from train_jobs.supervision.messages import Beat, Look, Order, Place
 from train_jobs.supervision.watchdog import Watch
 from train_jobs.trainer import committed
 
@@ -62,10 +63,10 @@ class Monitor:
             return "stop"  # of a group that has been given up
         now = self._clock()
         attempt.watch.heard(beat.rank, beat.stage, beat.step, now)
-        if beat.progress is not None:
-            attempt.first = attempt.first or (beat.progress.step, now)
+        if beat.report is not None:
+            attempt.first = attempt.first or (beat.report.step, now)
             if now - self._written >= _WRITE_EVERY_S:
-                self._tell(beat.progress, attempt.first)
+                self._tell(beat.report, attempt.first)
         return "stop" if self._stopping else attempt.order
 
     def look(self) -> Look:
@@ -121,14 +122,14 @@ class Monitor:
         )
         return _Attempt(number=number, size=size, watch=watch)
 
-    def _tell(self, progress: Progress, first: tuple[int, float]) -> None:
-        num_done, spent_s = progress.step - first[0], self._clock() - first[1]
+    def _tell(self, report: StepReport, first: tuple[int, float]) -> None:
+        num_done, spent_s = report.step - first[0], self._clock() - first[1]
         self._change(
-            step=progress.step,
-            num_steps=progress.num_steps,
-            loss=progress.loss,
-            tokens_per_s=progress.tokens_per_s,
-            remaining_s=(progress.num_steps - progress.step) * spent_s / num_done if num_done else None,
+            step=report.step,
+            num_steps=report.num_steps,
+            loss=report.loss,
+            tokens_per_s=report.tokens_per_s,
+            remaining_s=(report.num_steps - report.step) * spent_s / num_done if num_done else None,
         )
 
     def _change(self, **values: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from cluster.runs.log import StepReport
-from train_jobs.supervision.messages import Beat, Order, Progress
+from train_jobs.supervision.messages import Beat, Order
 from train_jobs.supervision.telemetry import TrainTelemetry
 from train_jobs.supervision.watchdog import Stage
 from train_jobs.trainer.hooks import StopRequest
@@ -81,11 +81,7 @@ class Pulse:
             rank=self._rank,
             stage=stage,
             step=step,
-            progress=None if report is None or self._rank else _progress(report),
+            report=None if self._rank else report,
         )
         order: Order = ray.get(self._monitor.beat.remote(beat), timeout=_ANSWER_TIMEOUT_S)
         return order
-
-
-def _progress(report: StepReport) -> Progress:
-    return Progress(step=report.step, num_steps=report.num_steps, loss=report.loss, tokens_per_s=report.tokens_per_s)

@@ -9,11 +9,6 @@ class Restarts:
         self._failures = 0
         self._step = 0
 
-    @property
-    def failures(self) -> int:
-        """One after the other, without a new checkpoint between."""
-        return self._failures
-
     def try_again(self, newest_step: int | None) -> bool:
         """A group failed, and the newest checkpoint holds ``newest_step`` steps: whether to start another one."""
         if newest_step is not None and newest_step > self._step:

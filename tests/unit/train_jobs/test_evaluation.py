@@ -6,13 +6,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn import metrics as reference
 
-from cluster.errors import PlanError
 from train_jobs.evaluation.calibration import CalibrationSums
 from train_jobs.evaluation.classes import ClassSums
 from train_jobs.evaluation.errors import EvaluationError
@@ -20,8 +18,6 @@ from train_jobs.evaluation.exact import as_float, exact_sum
 from train_jobs.evaluation.labels import label_numbers
 from train_jobs.evaluation.preference import PreferenceSums
 from train_jobs.evaluation.text import TextSums
-from train_jobs.evaluation.tokens import score_long_text, score_sequences
-from train_jobs.evaluation.windows import windows
 
 NAMES = ("business", "sport", "tech", "weather")
 VOCABULARY = 11
@@ -107,56 +103,11 @@ def test_confidences_outside_zero_to_one_are_refused() -> None:
 
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:
-    logits = torch.zeros(2, 6, VOCABULARY)
-    mask = torch.ones(2, 6, dtype=torch.uint8)
-    mask[:, 0] = 0
-    found = score_sequences(logits, torch.zeros(2, 6, dtype=torch.long), mask, num_bytes=20).metrics()
+    found = TextSums.of(np.full(10, math.log(VOCABULARY)), np.ones(10, dtype=bool), num_bytes=20).metrics()
     assert found["perplexity"] == pytest.approx(VOCABULARY, rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(10 * math.log2(VOCABULARY) / 20)
     assert (found["token_accuracy"], found["num_targets"]) == (1.0, 10)
-
-
-def test_targets_are_predicted_from_the_position_before_and_only_where_the_mask_is_set() -> None:
-    torch.manual_seed(0)
-    logits, token_ids = torch.randn(3, 700, VOCABULARY), torch.randint(0, VOCABULARY, (3, 700))
-    mask = torch.rand(3, 700) < 0.5
-    mask[:, 0] = False
-    found = score_sequences(logits, token_ids, mask, num_bytes=0).metrics()
-    targets = token_ids[:, 1:].masked_fill(~mask[:, 1:], -100).flatten()
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), targets)
-    assert found["loss"] == pytest.approx(float(expected), abs=1e-7)
-    assert found["num_targets"] == int(mask.sum())
-    right = (logits[:, :-1].argmax(-1) == token_ids[:, 1:])[mask[:, 1:]]
-    assert found["token_accuracy"] == pytest.approx(float(right.double().mean()))
-    assert "bits_per_byte" not in found
-
-
-@settings(max_examples=60, deadline=None)
-@given(num_tokens=st.integers(0, 60), window=st.integers(2, 20), data=st.data())
-def test_windows_predict_every_token_once_with_enough_before_it(
-    num_tokens: int, window: int, data: st.DataObject
-) -> None:
-    stride = data.draw(st.integers(1, window - 1))
-    made = list(windows(num_tokens, window_tokens=window, stride_tokens=stride))
-    targets = [place for one in made for place in range(one.first_target, one.stop)]
-    assert targets == list(range(1, num_tokens))
-    for one in made:
-        assert one.stop - one.start <= window
-        assert one.first_target - one.start >= min(one.first_target, window - stride)
-
-
-def test_a_stride_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(PlanError, match="stride_tokens: 8; allowed: 1 to 7"):
-        list(windows(20, window_tokens=8, stride_tokens=8))
-
-
-def test_long_text_in_windows_is_the_whole_text_for_a_model_that_looks_back_less() -> None:
-    torch.manual_seed(0)
-    table, token_ids = torch.randn(VOCABULARY, VOCABULARY), torch.randint(0, VOCABULARY, (50,))
-    pieces = score_long_text(lambda ids: table[ids], token_ids, window_tokens=8, stride_tokens=3, num_bytes=70)
-    whole = score_long_text(lambda ids: table[ids], token_ids, window_tokens=50, stride_tokens=1, num_bytes=70)
-    assert pieces == whole
-    assert pieces.num_targets == 49
+    assert "bits_per_byte" not in TextSums.of(np.ones(10), np.ones(10, dtype=bool), num_bytes=0).metrics()
 
 
 def test_pairs() -> None:

@@ -102,6 +102,17 @@ def test_labels_that_the_model_does_not_know_are_named(yaml: Path, capsys: pytes
     assert "does not know labels" in str(state.error)
 
 
+def test_an_evaluation_that_breaks_has_failed(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(yaml), "check"]) == 0
+    storage = yaml.parent / "storage"
+    [labels] = storage.glob("data/days/*/eval-labels.bin")
+    labels.write_bytes(b"\x7f" * labels.stat().st_size)
+    with pytest.raises(IndexError):
+        main(["run", str(yaml), "check"])
+    [directory] = (storage / "runs" / "check").iterdir()
+    assert read_run(directory, storage).state.status == "failed"
+
+
 def test_a_look_at_an_evaluation_measures_nothing(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(yaml), "check", "--dry-run"]) == 0
     assert "check-base@v1" in capsys.readouterr().out

@@ -1,18 +1,21 @@
 """What keeps a run alive, decided without Ray: who is stuck, how many fit, when to resize, when to give up."""
 
+import random
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from cluster.errors import PlanError
 from cluster.runs.state import read_state
+from tests.support.run_directories import step_report
 from tests.support.tiny_run import tiny_run
 from train_jobs.run_spec import allowed_sizes
-from train_jobs.supervision.messages import Beat, Place, Progress
+from train_jobs.supervision.messages import Beat, Place
 from train_jobs.supervision.monitor import Monitor
 from train_jobs.supervision.resizing import Resizing
 from train_jobs.supervision.restarts import Restarts
@@ -157,7 +160,7 @@ def test_monitor_writes_progress_about_once_a_second(tmp_path: Path) -> None:
                 rank=0,
                 stage="stepping",
                 step=step,
-                progress=Progress(step=step, num_steps=20, loss=2.5, tokens_per_s=100.0),
+                report=msgspec.structs.replace(step_report(step, 20, random.Random(0)), loss=2.5),
             )
         )
     state = read_state(run_dir)
