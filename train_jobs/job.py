@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import msgspec
 
+from cluster.config.jobs_train import JobTask
 from cluster.errors import PlanError
 from cluster.plan.jobs import JobPlan
 from cluster.runs import files
-from cluster.runs.prepared import Task
 from train_jobs.data.spec import PrepareSpec
 from train_jobs.tasks.spec import AdapterSpec
 from train_jobs.trainer.spec import TrainSpec, defining_fields, read_train_spec
@@ -80,7 +80,7 @@ class JobSpec:
     """A train job."""
 
     name: str
-    task: Task
+    task: JobTask
     base: BaseSpec
     data: str
     """The prepare job whose data it learns from."""
@@ -138,7 +138,7 @@ class EvaluateSpec:
     """A model measured on prepared data."""
 
     name: str
-    task: Task
+    task: JobTask
     model: str
     """URI."""
     data: str
@@ -161,7 +161,7 @@ def read_job(plan: JobPlan, data_digest: str = UNKNOWN_DIGEST) -> JobSpec:
 
 _TYPES: Mapping[str, Any] = {
     "name": str,
-    "task": Task,
+    "task": JobTask,
     "base": BaseSpec,
     "data": str,
     "adapter": AdapterSpec | None,

@@ -5,6 +5,7 @@ from typing import Literal
 
 import msgspec
 
+from cluster.config.jobs_train import JobTask
 from cluster.durable import write_json_durably
 from cluster.errors import DataError
 from cluster.registry.tree import file_sha256
@@ -12,7 +13,6 @@ from cluster.runs.files import MANIFEST
 
 TOKENIZER_FOLDER = "tokenizer"
 
-Task = Literal["lm", "sft", "classify", "dpo"]
 Split = Literal["train", "eval"]
 Side = Literal["chosen", "rejected"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -103,7 +103,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     format: Literal[1] = 1
     name: str
     """Name of the job that made it."""
-    task: Task
+    task: JobTask
     digest: str
     """Hex sha256 over settings, tokenizer and the contents of all inputs; equal digests have equal bytes."""
     tokenizer: TokenizerEntry

@@ -9,7 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cluster.config.jobs import Format
-from cluster.runs.prepared import BadRow, Task
+from cluster.config.jobs_train import JobTask
+from cluster.runs.prepared import BadRow
 from train_jobs.data.chunking import cut
 from train_jobs.data.fetching import fetch
 from train_jobs.data.reading import Record, read_chunk
@@ -57,7 +58,7 @@ def input_of(path: Path, format_: Format, **changes: Any) -> InputSpec:
     return replace(plain, **changes)
 
 
-def job(task: Task, inputs: list[InputSpec], tokenizer: str, **changes: Any) -> PrepareSpec:
+def job(task: JobTask, inputs: list[InputSpec], tokenizer: str, **changes: Any) -> PrepareSpec:
     """A preparation job with sequences of 16 tokens and nothing held out."""
     plain = PrepareSpec(
         name="corpus",
@@ -87,7 +88,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def read_rows(path: Path, format_: Format, task: Task, **changes: Any) -> list[Record | BadRow]:
+def read_rows(path: Path, format_: Format, task: JobTask, **changes: Any) -> list[Record | BadRow]:
     """What reading gives for an input, chunk after chunk."""
     spec = input_of(path, format_, **changes)
     found = fetch(spec, downloads=path.parent, work=path.parent / "work", progress=lambda *_: None)

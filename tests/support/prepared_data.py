@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cluster.config.jobs_train import JobTask
 from cluster.runs.prepared import (
     SIDES,
     Manifest,
@@ -12,7 +13,6 @@ from cluster.runs.prepared import (
     Side,
     SourceEntry,
     SplitEntry,
-    Task,
     TokenizerEntry,
     write_manifest,
 )
@@ -35,7 +35,7 @@ def write_data(
     *,
     sequence_tokens: int,
     vocab_size: int,
-    task: Task = "lm",
+    task: JobTask = "lm",
     labels: Mapping[str, Sequence[int]] | None = None,
     rejected: Mapping[str, Sequence[Documents]] | None = None,
     weights: Sequence[tuple[int, float]] = (),

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
+from cluster.config.jobs_train import JobTask
 from tests.support.corpora import save_tokenizer
 from tests.support.prepared_data import Documents, write_data
 from tests.support.tiny_models import save_tiny_model
 from train_jobs.data.shards import Shards
 from train_jobs.tasks import language
 from train_jobs.tasks.build import build_task
-from train_jobs.tasks.spec import AdapterSpec, Checkpoint, TaskName, TaskSpec
+from train_jobs.tasks.spec import AdapterSpec, Checkpoint, TaskSpec
 
 VOCABULARY, LENGTH = 258, 24
 LABELS = ("label0", "label1", "label2")
@@ -51,7 +52,7 @@ def save_base(directory: Path, model_type: str = "llama", **overrides: Any) -> C
     return Checkpoint(directory=directory, name="registry://base@v1")
 
 
-def task_spec(task: TaskName, base: Checkpoint, **changes: Any) -> TaskSpec:
+def task_spec(task: JobTask, base: Checkpoint, **changes: Any) -> TaskSpec:
     """The spec of a task on ``base`` and on the data of :func:`write_task_data`."""
     plain = TaskSpec(
         task=task,
@@ -81,7 +82,7 @@ def open_task(spec: TaskSpec, data: Path, rows_at_once: int = 4096) -> tuple[Any
     return build_task(spec), opened["train"], opened["eval"]
 
 
-def open_task_data(directory: Path, task: TaskName) -> dict[str, Any]:
+def open_task_data(directory: Path, task: JobTask) -> dict[str, Any]:
     """What the trainer takes, by split."""
     if task != "dpo":
         return {split: Shards.open(directory, split) for split in ("train", "eval")}
@@ -91,10 +92,10 @@ def open_task_data(directory: Path, task: TaskName) -> dict[str, Any]:
     }
 
 
-def write_task_data(directory: Path, task: TaskName, num_sequences: int = 24) -> dict[str, Any]:
+def write_task_data(directory: Path, task: JobTask, num_sequences: int = 24) -> dict[str, Any]:
     """Data of a task with something to learn in it; returns what the trainer takes, by split."""
     random = np.random.default_rng(5)
-    rules: Mapping[TaskName, Any] = {"lm": _counting, "sft": _counting, "dpo": _answers, "classify": _documents}
+    rules: Mapping[JobTask, Any] = {"lm": _counting, "sft": _counting, "dpo": _answers, "classify": _documents}
     splits, rejected, labels = {}, {}, {}
     for split, number in (("train", num_sequences), ("eval", 6)):
         made = [rules[task](random, index) for index in range(number)]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config.jobs_train import JobTask
 from cluster.errors import PlanError
 from tests.support.tiny_task import tiny_spec
 from tests.support.tiny_tasks import LORA, open_task, save_base, task_spec, write_task_data
 from tests.support.train_workers import Case, Seen, run_cases
 from train_jobs.tasks.combinations import check_combination
-from train_jobs.tasks.spec import TaskName
 from train_jobs.trainer.spec import (
     BatchSpec,
     CheckpointSpec,
@@ -29,7 +29,7 @@ STRATEGIES: dict[str, StrategySpec] = {
     "1f1b": Pipeline(schedule="1f1b", data_parallel=1, stages_per_worker=1),
     "interleaved": Pipeline(schedule="interleaved", data_parallel=1, stages_per_worker=2),
 }
-TASKS: dict[str, tuple[TaskName, str | None]] = {
+TASKS: dict[str, tuple[JobTask, str | None]] = {
     "lm": ("lm", None),
     "sft-lora": ("sft", "lora"),
     "sft-dora": ("sft", "dora"),
@@ -40,7 +40,7 @@ TASKS: dict[str, tuple[TaskName, str | None]] = {
 }
 
 
-def allowed(task: TaskName, strategy: StrategySpec) -> bool:
+def allowed(task: JobTask, strategy: StrategySpec) -> bool:
     try:
         check_combination(task, strategy.kind, None)
     except PlanError:

@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.parquet
 
 from cluster.config.jobs import Format
+from cluster.config.jobs_train import JobTask
 from cluster.errors import DataError
-from cluster.runs.prepared import Task
 from train_jobs.data.fetching import Found
 from train_jobs.data.spec import TASK_FIELDS, Fields, InputSpec
 
@@ -42,7 +42,7 @@ class Chunk:
     source: int
     """Index of the input."""
     format: Format
-    task: Task
+    task: JobTask
     fields: Fields
     encoding: str
     root: str
@@ -55,7 +55,7 @@ class Chunk:
     """Number of the first line or row, counted from 1."""
 
 
-def cut(found: Found, spec: InputSpec, task: Task, *, source: int, first_number: int) -> list[Chunk]:
+def cut(found: Found, spec: InputSpec, task: JobTask, *, source: int, first_number: int) -> list[Chunk]:
     """The chunks of an input, in order; DataError when a file lacks a column, or cannot be read at all."""
     chunks: list[Chunk] = []
     for names, start, stop, first_row in _cuts(found, spec, task):
@@ -80,7 +80,7 @@ def cut(found: Found, spec: InputSpec, task: Task, *, source: int, first_number:
 _Cut = tuple[tuple[str, ...], int, int | None, int]
 
 
-def _cuts(found: Found, spec: InputSpec, task: Task) -> Iterator[_Cut]:
+def _cuts(found: Found, spec: InputSpec, task: JobTask) -> Iterator[_Cut]:
     columns = [getattr(spec.fields, field) for field in TASK_FIELDS[task]]
     if spec.format in ("folders", "text", "dialogs"):
         yield from _group_files(found)

@@ -4,7 +4,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.runs.prepared import Task
+from cluster.config.jobs_train import JobTask
 from train_jobs.data.spec import CleanSpec
 
 _FOREIGN_ROLES = {"human": "user", "gpt": "assistant"}
@@ -63,7 +63,7 @@ def clean_text(text: str, spec: CleanSpec) -> str:
     return text.strip()
 
 
-def make_example(task: Task, values: dict[str, Any], spec: CleanSpec, labels: frozenset[str] | None) -> Example:
+def make_example(task: JobTask, values: dict[str, Any], spec: CleanSpec, labels: frozenset[str] | None) -> Example:
     """The row's example; Malformed for a wrong type, a role that is none, or a label that is not in ``labels``."""
     if task == "lm":
         return Example(text=_text(values, "text", spec))

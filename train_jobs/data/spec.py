@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config.jobs import Format
-from cluster.runs.prepared import Task
+from cluster.config.jobs_train import JobTask
 
-TASK_FIELDS: dict[Task, tuple[str, ...]] = {
+TASK_FIELDS: dict[JobTask, tuple[str, ...]] = {
     "lm": ("text",),
     "classify": ("text", "label"),
     "sft": ("messages",),
@@ -75,7 +75,7 @@ class PrepareSpec:
     """A preparation job."""
 
     name: str
-    task: Task
+    task: JobTask
     inputs: tuple[InputSpec, ...]
     tokenizer: str
     """URI of a model; its tokenizer is used."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
-from cluster.runs.prepared import Task
+from cluster.config.jobs_train import JobTask
 from train_jobs.data.cleaning import Example, Malformed, Message
 from train_jobs.data.shard_writer import Piece
 from train_jobs.data.tokenizer import TokenizerText
@@ -33,7 +33,7 @@ class Tokenized:
 
 
 def tokenize(
-    task: Task, examples: Sequence[Example], tokenizer: TokenizerText, sequence_tokens: int
+    task: JobTask, examples: Sequence[Example], tokenizer: TokenizerText, sequence_tokens: int
 ) -> list[Tokenized | Malformed]:
     """Each example's tokens, cut into sequences of at most ``sequence_tokens``; Malformed for what cannot be written.
 

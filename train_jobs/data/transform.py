@@ -11,7 +11,8 @@ from itertools import islice
 import msgspec
 import numpy as np
 
-from cluster.runs.prepared import BadRow, Task
+from cluster.config.jobs_train import JobTask
+from cluster.runs.prepared import BadRow
 from train_jobs.data.chunking import Chunk
 from train_jobs.data.cleaning import Example, Malformed, make_example
 from train_jobs.data.reading import Record, read_chunk
@@ -72,7 +73,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
 class Transform:
     """Settings of the work; pickles."""
 
-    task: Task
+    task: JobTask
     clean: CleanSpec
     labels: frozenset[str] | None
     tokenizer: TokenizerText

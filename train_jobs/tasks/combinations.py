@@ -2,18 +2,19 @@
 
 from typing import Literal
 
+from cluster.config.jobs_train import JobTask
 from cluster.errors import PlanError
-from train_jobs.tasks.spec import AdapterSpec, Architecture, TaskName, TaskSpec
+from train_jobs.tasks.spec import AdapterSpec, Architecture, TaskSpec
 
 StrategyKind = Literal["single", "ddp", "fsdp", "hsdp", "pipeline"]
 
-_NOT_CUT: dict[TaskName, str] = {
+_NOT_CUT: dict[JobTask, str] = {
     "classify": "a classifier's head reads the whole backbone, which is not cut into stages",
     "dpo": "dpo compares passes of two models over two sides of the data, where a pipeline makes one pass",
 }
 
 
-def check_combination(task: TaskName, strategy: StrategyKind, adapter: AdapterSpec | None) -> None:
+def check_combination(task: JobTask, strategy: StrategyKind, adapter: AdapterSpec | None) -> None:
     """PlanError when a task, a strategy and an adapter do not go together, whatever the model is."""
     if strategy == "pipeline" and task in _NOT_CUT:
         raise PlanError(f"strategy pipeline with task {task}: {_NOT_CUT[task]}; choose fsdp to spread a large model")
@@ -21,7 +22,7 @@ def check_combination(task: TaskName, strategy: StrategyKind, adapter: AdapterSp
         _check_adapter(task, adapter)
 
 
-def _check_adapter(task: TaskName, adapter: AdapterSpec) -> None:
+def _check_adapter(task: JobTask, adapter: AdapterSpec) -> None:
     if task == "classify" and adapter.publish == "adapter":
         raise PlanError(
             "adapter.publish: adapter with task classify: an adapter's files have no place for the labels' names; "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-TaskName = Literal["lm", "sft", "classify", "dpo"]
+from cluster.config.jobs_train import JobTask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class AdapterSpec:
 class TaskSpec:
     """Everything a task is told, besides what the trainer is told and the data themselves."""
 
-    task: TaskName
+    task: JobTask
     base: BaseSpec
     tokenizer: Path
     """Directory of the tokenizer that the data were prepared with: ``tokenizer/`` of the prepared data."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.runs.prepared import Task
+from cluster.config.jobs_train import JobTask
 from tests.support.corpora import CLEAN
 from train_jobs.data.cleaning import Example, Malformed, Message, clean_text, make_example
 
@@ -57,7 +57,7 @@ def test_an_answer_may_be_the_end_of_a_conversation() -> None:
         ),
     ],
 )
-def test_rows_that_cannot_be_used_say_why(task: Task, values: dict[str, Any], reason: str) -> None:
+def test_rows_that_cannot_be_used_say_why(task: JobTask, values: dict[str, Any], reason: str) -> None:
     with pytest.raises(Malformed, match=reason):
         make_example(task, values, CLEAN, frozenset({"x", "y"}))
 

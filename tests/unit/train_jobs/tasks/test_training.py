@@ -12,13 +12,14 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from cluster.config.jobs_train import JobTask
 from cluster.errors import PlanError
 from cluster.runs.log import StepReport
 from deployments.runtime.adapter import Adapter
 from tests.support.tiny_task import EVALUATION, tiny_spec
 from tests.support.tiny_tasks import ARCHITECTURE, LABELS, LENGTH, LORA, save_base, task_spec, write_task_data
 from train_jobs.tasks.build import build_task
-from train_jobs.tasks.spec import Architecture, Checkpoint, TaskName, TaskSpec
+from train_jobs.tasks.spec import Architecture, Checkpoint, TaskSpec
 from train_jobs.trainer.hooks import NoHooks, TrainResult
 from train_jobs.trainer.loop import Trainer
 from train_jobs.trainer.spec import Adam, CheckpointSpec, DurationSpec
@@ -66,7 +67,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> TaskSpec:
     return task_spec("lm", save_base(tmp_path_factory.mktemp("llama") / "base"))
 
 
-def of(spec: TaskSpec, task: TaskName, **changes: Any) -> TaskSpec:
+def of(spec: TaskSpec, task: JobTask, **changes: Any) -> TaskSpec:
     """The same base for another task."""
     assert isinstance(spec.base, Checkpoint)
     return replace(task_spec(task, spec.base), **changes)
@@ -87,7 +88,7 @@ def published_loss(directory: Path, data: Any) -> float:
 
 
 @pytest.mark.parametrize("task", ["lm", "sft"])
-def test_language_model_learns_and_is_published(task: TaskName, llama: TaskSpec, tmp_path: Path) -> None:
+def test_language_model_learns_and_is_published(task: JobTask, llama: TaskSpec, tmp_path: Path) -> None:
     spec, data = of(llama, task), write_task_data(tmp_path / "data", task)
     losses, result = train(spec, data, tmp_path / "run")
     assert losses[-1] < 0.7 * losses[0]
