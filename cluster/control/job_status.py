@@ -106,15 +106,14 @@ _COLOURS = {"running": "yellow", "pending": "yellow", "succeeded": "green", "fin
 
 def jobs_view(cluster: str, statuses: Sequence[JobStatus]) -> RenderableType:
     """One row for each job, and below what went wrong."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in ("job", "kind", "task", "state", "began", "took", "steps", "published"):
-        table.add_column(name, justify="right" if name in ("took", "steps") else "left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("job", "kind", "state", "began", "took", "steps", "published"):
+        table.add_column(name, justify="right" if name in ("took", "steps") else "left", overflow="fold")
     for each in statuses:
         state = Text(each.state, style=_COLOURS.get(each.state, ""))
         table.add_row(
             each.job,
             each.kind,
-            each.task,
             state,
             _when(each.began_s),
             _took(each),
@@ -139,7 +138,7 @@ def _took(each: JobStatus) -> str:
 
 
 def _steps(each: JobStatus) -> str:
-    if each.step is None or each.kind == "prepare":
+    if each.step is None or each.kind in ("prepare", "evaluate"):
         return ""
     return f"{each.step}" if each.num_steps is None else f"{each.step}/{each.num_steps}"
 
