@@ -22,6 +22,8 @@ class FakeJobServer:
         self.url = ""
         self.loses_logs = False
         """Whether a follower's connection breaks after what is there."""
+        self.ends_when_lost = False
+        """Whether the job succeeds once such a connection broke."""
         self._ready = threading.Event()
         self._stop = asyncio.Event()
 
@@ -110,6 +112,8 @@ class FakeJobServer:
                 await socket.send_str("".join(lines))
                 num_sent += len(lines)
             elif self.loses_logs:
+                if self.ends_when_lost:
+                    self.end(name, "SUCCEEDED")
                 break
             await asyncio.sleep(0.005)
         await socket.close()

@@ -121,8 +121,7 @@ def test_a_running_job_is_followed_rather_than_submitted_twice(
 ) -> None:
     assert main(["train", str(yaml), "forecast"]) == 0
     server.write("manta-weather-forecast-1", "under way")
-    server.loses_logs = True
-    server._loop.call_later(0.2, server.end, "manta-weather-forecast-1", "SUCCEEDED")
+    server.loses_logs = server.ends_when_lost = True
     assert main(["train", str(yaml), "forecast", "--follow"]) == 0
     said = capsys.readouterr().err
     assert "forecast is running already; this is manta-weather-forecast-1." in said
@@ -169,7 +168,7 @@ def test_jobs_are_listed_with_their_runs(
     assert main(["jobs", str(yaml)]) == 0
     shown = capsys.readouterr().out
     row = next(line for line in shown.splitlines() if line.startswith(" forecast"))
-    assert row.split()[:4] == ["forecast", "train", "lm", "failed"]
+    assert row.split()[:3] == ["forecast", "train", "failed"]
     assert {"120/300", "1m", "00s"} <= set(row.split())
     assert "prepared" in next(line for line in shown.splitlines() if line.startswith(" days"))
     assert "forecast: disk is full" in shown
