@@ -24,6 +24,7 @@ from train_jobs.tasks.combinations import check_combination
 from train_jobs.tasks.spec import TaskSpec
 from train_jobs.trainer.duration import total_steps
 from train_jobs.trainer.schedules import check_schedule
+from train_jobs.trainer.spec import ParameterServer
 
 _UNKNOWN_LABELS = ("first", "second")
 """Stand for those that only the data will tell, where a classifier's model is counted before they are prepared."""
@@ -98,11 +99,11 @@ def resolve(config: ClusterConfig, plan: JobPlan, data: Data, progress: Progress
             vocab_size=model.vocab_size,
         ),
         job.training,
-        job.workers.min,
+        _largest_need(job),
         sequence_tokens=data.spec.sequence_tokens,
         has_logits=job.task != "classify",
     )
-    notes = _check_memory(config, job, memory)
+    notes = (*_idle_workers(job), *_check_memory(config, job, memory))
     return Resolved(
         job=job,
         data=data,
@@ -183,6 +184,24 @@ def _check_slots(config: ClusterConfig, job: JobSpec) -> None:
             f"jobs.{job.name}.workers: {job.workers.min} workers, and the nodes have places for {places}; write "
             f"`{TRAIN_SLOT}: {job.workers.max}` under resources of the nodes that should train"
         )
+
+
+def _largest_need(job: JobSpec) -> int:
+    """The number of workers at which one of them holds most: the fewest, but a server needs more with more."""
+    return job.workers.max if isinstance(job.training.strategy, ParameterServer) else job.workers.min
+
+
+def _idle_workers(job: JobSpec) -> tuple[str, ...]:
+    """Notes workers that a bound on staleness leaves nothing to do for."""
+    strategy, computing = job.training.strategy, job.workers.max - 1
+    if not isinstance(strategy, ParameterServer) or strategy.max_staleness is None:
+        return ()
+    if computing <= strategy.max_staleness + 1:
+        return ()
+    return (
+        f"with strategy.max_staleness {strategy.max_staleness} no more than {strategy.max_staleness + 1} of the "
+        f"{computing} computing workers compute at a time; raise it to {computing - 1}, or take fewer workers",
+    )
 
 
 def _check_memory(config: ClusterConfig, job: JobSpec, memory: WorkerMemory) -> tuple[str, ...]:

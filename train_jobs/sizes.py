@@ -3,9 +3,20 @@
 Dimensions: B sequences of a micro-batch, S tokens of a sequence, D model width, L layers, V vocabulary.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from train_jobs.trainer.spec import Adam, Fsdp, Hsdp, Muon, OptimizerSpec, Pipeline, RmsProp, Sgd, TrainSpec
+from train_jobs.trainer.spec import (
+    Adam,
+    Fsdp,
+    Hsdp,
+    Muon,
+    OptimizerSpec,
+    ParameterServer,
+    Pipeline,
+    RmsProp,
+    Sgd,
+    TrainSpec,
+)
 
 _FLOAT = 4
 PROCESS_BYTES = 450 * 2**20
@@ -39,6 +50,8 @@ class WorkerMemory:
     """Of the weights (``ema``)."""
     gathered: int
     """Layers that are whole for a moment, where weights are cut."""
+    messages: int
+    """Weights and gradients on their way between a parameter server and its workers, in host memory."""
     activations: int
     checkpoint: int
     """Copy in host memory that is being written."""
@@ -47,7 +60,7 @@ class WorkerMemory:
     @property
     def certain(self) -> int:
         """What is needed whatever the activations turn out to be."""
-        return self.weights + self.gradients + self.optimizer + self.average
+        return self.weights + self.gradients + self.optimizer + self.average + self.messages
 
     @property
     def total(self) -> int:
@@ -59,6 +72,26 @@ def worker_memory(
     model: ModelSizes, spec: TrainSpec, num_workers: int, *, sequence_tokens: int, has_logits: bool
 ) -> WorkerMemory:
     """Of the worker with the most to hold; ``has_logits``: the loss is over the vocabulary."""
+    whole = _equal_memory(model, spec, num_workers, sequence_tokens=sequence_tokens, has_logits=has_logits)
+    if not isinstance(spec.strategy, ParameterServer):
+        return whole
+    return max(server_memory(whole, num_workers), computing_memory(whole), key=lambda memory: memory.total)
+
+
+def server_memory(whole: WorkerMemory, num_workers: int) -> WorkerMemory:
+    """Of a parameter server: all that is trained, and a message for each other worker, its gradient."""
+    return replace(whole, gradients=0, activations=0, messages=(num_workers - 1) * whole.gradients)
+
+
+def computing_memory(whole: WorkerMemory) -> WorkerMemory:
+    """Of a worker that only computes gradients, for a parameter server."""
+    return replace(whole, optimizer=0, average=0, checkpoint=0, messages=whole.gradients)
+
+
+def _equal_memory(
+    model: ModelSizes, spec: TrainSpec, num_workers: int, *, sequence_tokens: int, has_logits: bool
+) -> WorkerMemory:
+    """Of a worker where all do the same."""
     cut = _cut(spec, num_workers)
     width = 2 if spec.precision == "bfloat16" else _FLOAT
     weights = _FLOAT * model.num_parameters // cut
@@ -71,6 +104,7 @@ def worker_memory(
         optimizer=states,
         average=average,
         gathered=_gathered(model, spec, cut, width),
+        messages=0,
         activations=_activations(model, spec, num_workers, sequence_tokens, width, has_logits=has_logits),
         checkpoint=trained + states + average,
     )

@@ -60,28 +60,28 @@ class SingleStrategy(StrictModel):
     """One worker."""
 
     kind: Literal["single"]
-    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp`` or ``pipeline``."""
+    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp``, ``pipeline`` or ``parameter_server``."""
 
 
 class DdpStrategy(StrictModel):
     """Every worker has the whole model; gradients are summed over all."""
 
     kind: Literal["ddp"] = "ddp"
-    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp`` or ``pipeline``."""
+    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp``, ``pipeline`` or ``parameter_server``."""
 
 
 class FsdpStrategy(StrictModel):
     """Weights, gradients and optimizer states are cut over all workers; for models that one cannot hold."""
 
     kind: Literal["fsdp"]
-    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp`` or ``pipeline``."""
+    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp``, ``pipeline`` or ``parameter_server``."""
 
 
 class HsdpStrategy(StrictModel):
     """Groups of workers share one copy as ``fsdp`` does, and the groups are replicas."""
 
     kind: Literal["hsdp"]
-    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp`` or ``pipeline``."""
+    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp``, ``pipeline`` or ``parameter_server``."""
     shard_workers: Annotated[int, Field(ge=1, le=10_000)]
     """Workers of one group, best those of one machine."""
 
@@ -90,7 +90,7 @@ class PipelineStrategy(StrictModel):
     """Layers are cut over the workers; micro-batches flow through them."""
 
     kind: Literal["pipeline"]
-    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp`` or ``pipeline``."""
+    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp``, ``pipeline`` or ``parameter_server``."""
     schedule: Literal["1f1b", "interleaved"] = "1f1b"
     """``interleaved`` gives each worker several slices of the layers: less waiting, more messages."""
     data_parallel: Annotated[int, Field(ge=1, le=10_000)] = 1
@@ -99,7 +99,22 @@ class PipelineStrategy(StrictModel):
     """Slices of the layers of each worker: 1 with ``1f1b``, 2 or more with ``interleaved``."""
 
 
-Strategy: TypeAlias = DdpStrategy | SingleStrategy | FsdpStrategy | HsdpStrategy | PipelineStrategy
+class ParameterServerStrategy(StrictModel):
+    """The first worker holds the weights and updates them; each of the others computes whole batches at its own pace,
+    so that faster ones do more. For uneven machines and slow networks.
+    """
+
+    kind: Literal["parameter_server"]
+    """How workers share the work: ``single``, ``ddp``, ``fsdp``, ``hsdp``, ``pipeline`` or ``parameter_server``."""
+    max_staleness: Annotated[int, Field(ge=0, le=10_000)] | None = 4
+    """Most updates by others between the weights that a gradient was computed on and its own update. With 0 one batch
+    is computed after the other, as ``single`` does; at most one more than this are computed at a time. null sets no
+    bound: a slow worker holds up nobody, and its gradients may be old."""
+
+
+Strategy: TypeAlias = (
+    DdpStrategy | SingleStrategy | FsdpStrategy | HsdpStrategy | PipelineStrategy | ParameterServerStrategy
+)
 
 
 class WorkersSection(StrictModel):

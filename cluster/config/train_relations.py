@@ -9,6 +9,7 @@ from cluster.config.jobs_optimizers import SgdOptimizer
 from cluster.config.jobs_train import (
     METRICS,
     HsdpStrategy,
+    ParameterServerStrategy,
     PipelineStrategy,
     SingleStrategy,
     TrainJob,
@@ -125,6 +126,8 @@ def _shares(job: TrainJob, num_workers: int) -> int | None:
         case PipelineStrategy(data_parallel=data_parallel):
             formed = num_workers % data_parallel == 0 and num_workers // data_parallel >= 2
             return data_parallel if formed else None
+        case ParameterServerStrategy():
+            return 1 if num_workers >= 2 else None
         case _:
             return num_workers
 
@@ -150,6 +153,8 @@ def _workers_form_the_strategy(config: ClusterConfig, index: int) -> Iterator[Fi
                 f"2 or more for each of {many} pipelines",
                 f"set workers to {2 * many}, or data_parallel to 1",
             )
+        case ParameterServerStrategy():
+            limit, remedy = "2 or more: one holds the weights, the others compute", "set workers to 2, or more"
         case _:
             limit, remedy = "1", "set workers to 1, or strategy to ddp"
     yield Finding(

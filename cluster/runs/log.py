@@ -32,6 +32,8 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_stall_s: float
     memory_bytes: int
     """Resident memory of that worker, or what its accelerator has allocated."""
+    staleness: int = 0
+    """Updates since the weights that the gradient was computed on; 0 but with strategy parameter_server."""
     time: float
     """When it was done, in seconds since the epoch."""
 

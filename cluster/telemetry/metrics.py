@@ -55,6 +55,7 @@ GAUGES: dict[str, tuple[str, Sequence[str]]] = {
     "manta_train_tokens_per_second": ("Of the last step, over all workers.", JOB),
     "manta_train_mfu": ("Achieved share of the devices' matrix product rate.", JOB),
     "manta_train_padding_ratio": ("Share of the last step's positions that are padding.", JOB),
+    "manta_train_staleness": ("Updates since the weights of the last step's gradient (parameter_server).", JOB),
     "manta_train_memory_bytes": ("Resident memory of a worker, or what its accelerator has allocated.", WORKER),
 }
 HISTOGRAMS: dict[str, tuple[str, Sequence[str], Sequence[float]]] = {

@@ -24,7 +24,10 @@ from train_jobs.trainer.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One attempt; the last worker gets SIGKILL when step ``kill_at`` begins, or asks to stop in ``stop_at``."""
+    """One attempt; the last worker gets SIGKILL when step ``kill_at`` begins, or asks to stop in ``stop_at``.
+
+    Where it does not do every step, the first one that it does from there on counts.
+    """
 
     spec: TrainSpec
     run_dir: Path
@@ -61,14 +64,16 @@ class Seen(NoHooks):
 
     def heartbeat(self, step: int) -> None:
         self.step = step
-        if step == self.case.kill_at and self.rank == self.last_rank:
+        if self._is_last_at(self.case.kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
-        if step == self.case.full_at and self.rank == self.last_rank:
+        if self._is_last_at(self.case.full_at):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
     def should_stop(self) -> StopRequest:
-        wants = self.step == self.case.stop_at and self.rank == self.last_rank
-        return "checkpoint_and_stop" if wants else "no"
+        return "checkpoint_and_stop" if self._is_last_at(self.case.stop_at) else "no"
+
+    def _is_last_at(self, step: int | None) -> bool:
+        return step is not None and self.step >= step and self.rank == self.last_rank
 
 
 def run_cases(num_workers: int, folder: Path, cases: list[Case]) -> list[list[Seen]]:

@@ -53,6 +53,10 @@ class Pulse:
         """A step begins."""
         self._place = ("stepping", step)
 
+    def waiting(self) -> None:
+        """Nothing is to do."""
+        self._place = ("waiting", self._place[1])
+
     def say(self, stage: Stage) -> Order:
         """Tell the monitor at once that another stage begins; returns its order."""
         self._place = (stage, self._place[1])

@@ -34,6 +34,7 @@ class TrainTelemetry:
             self._metrics.gauge("manta_train_tokens_per_second", report.tokens_per_s)
             self._metrics.gauge("manta_train_mfu", report.mfu)
             self._metrics.gauge("manta_train_padding_ratio", report.padding_ratio)
+            self._metrics.gauge("manta_train_staleness", report.staleness)
 
     def close(self) -> None:
         """Hand over what is pending."""

@@ -7,8 +7,8 @@ one is stuck the others wait for it, so all stand still, and the one that began 
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["starting", "stepping", "paused", "ended"]
-"""``paused`` and ``ended`` workers have nothing to do, and are not watched."""
+Stage = Literal["starting", "stepping", "waiting", "paused", "ended"]
+"""``waiting``, ``paused`` and ``ended`` workers have nothing to do, and are not watched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

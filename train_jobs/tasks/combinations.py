@@ -6,7 +6,7 @@ from cluster.config.jobs_train import JobTask
 from cluster.errors import PlanError
 from train_jobs.tasks.spec import AdapterSpec, Architecture, TaskSpec
 
-StrategyKind = Literal["single", "ddp", "fsdp", "hsdp", "pipeline"]
+StrategyKind = Literal["single", "ddp", "fsdp", "hsdp", "pipeline", "parameter_server"]
 
 _NOT_CUT: dict[JobTask, str] = {
     "classify": "a classifier's head reads the whole backbone, which is not cut into stages",

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
+from train_jobs.trainer.world import World
+
 
 class Sums(Protocol):
     """Something that is added up over a part of the data."""
@@ -26,9 +28,9 @@ S = TypeVar("S", bound=Sums)
 
 
 def sum_over_workers(num_items: int, batch_items: int, empty: S, score: Callable[[NDArray[np.int64]], S]) -> S:
-    """``empty`` plus ``score`` of every batch of item numbers, shared by torch.distributed's default group."""
-    joined = dist.is_available() and dist.is_initialized()
-    rank, size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    """``empty`` plus ``score`` of every batch of item numbers, shared by the workers of ``World.current``."""
+    world = World.current()
+    rank, size = world.rank, world.size
     batches = [np.arange(start, min(start + batch_items, num_items)) for start in range(0, num_items, batch_items)]
     total = empty
     for number in range(rank, -(-len(batches) // size) * size, size):

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train_jobs.trainer.batches import Feed, count_positions
+from train_jobs.trainer.batches import Feed
 from train_jobs.trainer.checkpoint import Checkpoints
 from train_jobs.trainer.committed import Meta, checkpoint_directory
+from train_jobs.trainer.duration import evaluation_due, may_save
 from train_jobs.trainer.errors import TrainingError
 from train_jobs.trainer.gradients import finish_gradients
 from train_jobs.trainer.hooks import Hooks, TrainResult
@@ -18,7 +19,7 @@ from train_jobs.trainer.meters import Meter
 from train_jobs.trainer.schedules import learning_rate_factor
 from train_jobs.trainer.spec import TrainSpec, defining_fields
 from train_jobs.trainer.state import TrainState
-from train_jobs.trainer.strategies.strategy import Strategy
+from train_jobs.trainer.strategies.strategy import Strategy, Sums
 from train_jobs.trainer.task import MicroBatch, Task
 from train_jobs.trainer.world import World
 
@@ -61,7 +62,8 @@ class Attempt:
     hooks: Hooks
     strategy: Strategy
     state: TrainState
-    feed: Feed
+    feed: Feed | None
+    """None where others compute."""
     checkpoints: Checkpoints
     meter: Meter
     resumed_from: int | None
@@ -71,6 +73,7 @@ class Attempt:
 
     def run(self) -> TrainResult:
         """Step after step, until the last one or until somebody wants to stop; everything is saved then."""
+        self.strategy.updated(self.progress.step)
         stopping = False
         while self.progress.step < self.num_steps and not stopping:
             stopping = self._step()
@@ -91,7 +94,8 @@ class Attempt:
 
     def close(self) -> None:
         """End threads and files."""
-        self.feed.close()
+        if self.feed is not None:
+            self.feed.close()
         self.checkpoints.close()
         self.meter.close()
 
@@ -99,16 +103,19 @@ class Attempt:
         """One optimizer step and what follows it; returns whether to stop."""
         step, began = self.progress.step, time.perf_counter()
         self.hooks.heartbeat(step)
-        micro_batches = self.feed.take(step)
+        micro_batches = self._take(step)
         data_wait_s = time.perf_counter() - began
-        totals = self._sum(micro_batches, *self.strategy.accumulate(micro_batches))
+        sums = self.strategy.accumulate(micro_batches)
+        totals = self._sum(sums)
         self._announce_saved(totals)
         self.loss = mean_loss(totals, step)
+        stopping = totals.stop > 0 and self.strategy.settle()
         grad_norm, rate = self._update(totals)
+        self.strategy.updated(step + 1)
         computed = time.perf_counter()
         self.progress = replace(self.progress, step=step + 1, metrics={}, score=None)
         self._evaluate_if_due()
-        stall_s = self._save_if_due(stopping=totals.stop > 0)
+        stall_s = self._save_if_due(stopping=stopping)
         report = self.meter.report(
             step=step + 1,
             num_steps=self.num_steps,
@@ -119,16 +126,23 @@ class Attempt:
             step_s=computed - began + stall_s,
             data_wait_s=data_wait_s,
             checkpoint_stall_s=stall_s,
+            staleness=sums.staleness,
         )
         self.hooks.on_step(report)
-        return totals.stop > 0
+        return stopping
 
-    def _sum(self, micro_batches: list[MicroBatch], loss: float, targets: float) -> Totals:
-        tokens, positions = count_positions(micro_batches) if self.strategy.counts_batch else (0, 0)
-        stop = self.hooks.should_stop() == "checkpoint_and_stop"
+    def _take(self, step: int) -> list[MicroBatch]:
+        if self.feed is None:
+            return []
+        taken = self.feed.take(step)
+        self.feed.begin(step + 1)
+        return taken
+
+    def _sum(self, sums: Sums) -> Totals:
+        stop = self.hooks.should_stop() == "checkpoint_and_stop" or sums.stop
         saved, failed = self.checkpoints.finished, self.checkpoints.failed
-        values = [loss, targets, float(tokens), float(positions), float(stop), float(saved), float(failed)]
-        return Totals(*self.world.sum(values))
+        values = [sums.loss, sums.targets, float(sums.tokens), float(sums.positions)]
+        return Totals(*self.world.sum([*values, float(stop), float(saved), float(failed)]))
 
     def _announce_saved(self, totals: Totals) -> None:
         if totals.failed:
@@ -158,9 +172,7 @@ class Attempt:
 
     def _evaluate_if_due(self) -> None:
         evaluation, step = self.spec.evaluation, self.progress.step
-        if evaluation is None:
-            return
-        if step < self.num_steps and (evaluation.every_steps is None or step % evaluation.every_steps):
+        if evaluation is None or not evaluation_due(evaluation, step, self.num_steps):
             return
         with self.state.average.in_place() if self.state.average is not None else nullcontext():
             metrics = dict(self.strategy.evaluate(self.task, self.evaluation_data))
@@ -178,6 +190,7 @@ class Attempt:
         best = wanted.keep_best > 0 and progress.best_step == progress.step
         if not (progress.step % wanted.every_steps == 0 or progress.step == self.num_steps or stopping or best):
             return 0.0
+        assert stopping or may_save(self.spec, progress.step, self.num_steps)
         began = time.perf_counter()
         self._announce(self.checkpoints.wait())
         meta = Meta(

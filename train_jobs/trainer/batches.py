@@ -42,7 +42,7 @@ class Share:
 
 
 class Feed:
-    """Micro-batches of one step after the other, each step read while the one before it computes."""
+    """Micro-batches of steps, each read on a thread while something else is done."""
 
     def __init__(
         self, sides: Mapping[str, Readable], batch: BatchSpec, share: Share, *, seed: int, device: torch.device
@@ -57,13 +57,17 @@ class Feed:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-batches")
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
+    def begin(self, step: int) -> None:
+        """Start to read what :meth:`take` will be asked for next."""
+        self._ahead = (step, self._reader.submit(self._read, step))
+
     def take(self, step: int) -> list[MicroBatch]:
-        """Micro-batches of a step that belong to this worker; the next step's are begun."""
-        due, reading = self._ahead or (None, None)
-        if reading is None or due != step:
+        """Micro-batches of a step that belong to this worker."""
+        begun, reading = self._ahead or (None, None)
+        if reading is None or begun != step:
             reading = self._reader.submit(self._read, step)
+        self._ahead = None
         taken = reading.result()
-        self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
         if self._device.type == "cpu":
             return taken
         return [self._moved(micro_batch) for micro_batch in taken]

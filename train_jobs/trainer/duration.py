@@ -1,7 +1,7 @@
-"""How many optimizer steps a duration is, and micro-batches a step: sizes in, a number out."""
+"""How many steps a duration is, micro-batches a step, and what is due after which step: numbers in and out."""
 
 from cluster.errors import PlanError
-from train_jobs.trainer.spec import BatchSpec, DurationSpec
+from train_jobs.trainer.spec import BatchSpec, DurationSpec, EvaluationSpec, TrainSpec
 
 
 def total_steps(duration: DurationSpec, batch: BatchSpec, *, num_sequences: int, sequence_tokens: int) -> int:
@@ -40,3 +40,21 @@ def exact_shares(batch: BatchSpec, limit: int) -> tuple[int, ...]:
     """Numbers of data-parallel workers up to ``limit`` at which the global batch stays exact."""
     number = batch.sequences // batch.micro_sequences
     return tuple(shares for shares in range(1, min(number, limit) + 1) if number % shares == 0)
+
+
+def evaluation_due(evaluation: EvaluationSpec, step: int, num_steps: int) -> bool:
+    """Whether the model is measured after ``step`` steps."""
+    return step == num_steps or (evaluation.every_steps is not None and step % evaluation.every_steps == 0)
+
+
+def may_save(spec: TrainSpec, step: int, num_steps: int) -> bool:
+    """Whether a checkpoint may follow ``step`` steps of a run that nobody stops: it is due, or may be of the best."""
+    if step == num_steps or step % spec.checkpoint.every_steps == 0:
+        return True
+    evaluation = spec.evaluation if spec.checkpoint.keep_best else None
+    return evaluation is not None and evaluation_due(evaluation, step, num_steps)
+
+
+def next_save(spec: TrainSpec, step: int, num_steps: int) -> int:
+    """The first number of steps above ``step`` after which a checkpoint may follow."""
+    return next(later for later in range(step + 1, num_steps + 1) if may_save(spec, later, num_steps))

@@ -11,19 +11,25 @@ StopRequest = Literal["no", "checkpoint_and_stop"]
 
 
 class Hooks(Protocol):
-    """What the trainer tells its surroundings, and asks of them. Called on every worker, on the training thread."""
+    """What the trainer tells its surroundings, and asks of them. Called on every worker, on the training thread.
+
+    With strategy parameter_server, steps and checkpoints are told to the first worker only.
+    """
 
     def on_step(self, report: StepReport) -> None:
         """A step is done."""
 
     def on_checkpoint(self, path: Path) -> None:
-        """A checkpoint is committed; all workers are told after the same step."""
+        """A checkpoint is committed; all workers that save are told after the same step."""
 
     def should_stop(self) -> StopRequest:
         """Asked once a step; one worker that wants to stop stops all, after the same step."""
 
     def heartbeat(self, step: int) -> None:
         """0-based step ``step`` begins."""
+
+    def waiting(self) -> None:
+        """Nothing is to do until another worker gives out the next step."""
 
 
 class NoHooks:
@@ -40,6 +46,9 @@ class NoHooks:
         return "no"
 
     def heartbeat(self, step: int) -> None:
+        """Nothing happens."""
+
+    def waiting(self) -> None:
         """Nothing happens."""
 
 

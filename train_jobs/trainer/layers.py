@@ -53,6 +53,12 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile()
 
 
+def running_statistics(model: nn.Module) -> str | None:
+    """The first module that counts along in the forward pass, as batch norms do; None when there is none."""
+    counting = (name for name, module in model.named_modules() if getattr(module, "track_running_stats", False))
+    return next(counting, None)
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require a gradient, tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -7,6 +7,7 @@ when a hook asks for it, with everything saved. An attempt that dies is continue
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from cluster.errors import PlanError
 from train_jobs.trainer.attempt import Attempt, Progress
 from train_jobs.trainer.averaging import WeightAverage
-from train_jobs.trainer.batches import Feed, Readable
+from train_jobs.trainer.batches import Feed, Readable, Share
 from train_jobs.trainer.checkpoint import Checkpoints
 from train_jobs.trainer.committed import CHECKPOINTS, Meta, checkpoint_directory
 from train_jobs.trainer.duration import total_steps
@@ -24,9 +25,15 @@ from train_jobs.trainer.hooks import Hooks, TrainResult
 from train_jobs.trainer.meters import Meter, peak_flops
 from train_jobs.trainer.optimizers import Optimizers
 from train_jobs.trainer.schedules import check_schedule
-from train_jobs.trainer.spec import TrainSpec, defining_fields
+from train_jobs.trainer.spec import ParameterServer, TrainSpec, defining_fields
 from train_jobs.trainer.state import TrainState
-from train_jobs.trainer.strategies.choosing import Spread, check_fits, spread
+from train_jobs.trainer.strategies.choosing import (
+    Spread,
+    check_fits,
+    computing_worker,
+    only_computes,
+    spread,
+)
 from train_jobs.trainer.task import Task
 from train_jobs.trainer.world import World
 
@@ -72,11 +79,31 @@ class Trainer:
         """
         self._check()
         with numerics(self._world.device, deterministic=self._spec.deterministic):
-            attempt = self._begin()
-            try:
-                return attempt.run()
-            finally:
-                attempt.close()
+            return self._compute() if only_computes(self._spec, self._world) else self._train()
+
+    def _train(self) -> TrainResult:
+        attempt = self._begin()
+        try:
+            result = attempt.run()
+        except Exception as error:
+            attempt.strategy.conclude(error)
+            raise
+        else:
+            attempt.strategy.conclude(result)
+            return result
+        finally:
+            attempt.close()
+
+    def _compute(self) -> TrainResult:
+        feed = self._feed(Share(0, 1))
+        try:
+            return computing_worker(self._spec, self._task, self._world, feed, self._hooks).run()
+        finally:
+            feed.close()
+
+    def _feed(self, share: Share) -> Feed:
+        spec = self._spec
+        return Feed(self._sides, spec.batch, share, seed=spec.seed, device=self._world.device)
 
     def _check(self) -> None:
         spec = self._spec
@@ -88,33 +115,34 @@ class Trainer:
             raise PlanError("data: there is no sequence to train on; look at the preparation's counts")
 
     def _begin(self) -> Attempt:
-        spec, world = self._spec, self._world
+        spec, whole, num_steps = self._spec, self._world, self.num_steps
+        world = replace(whole, size=1) if isinstance(spec.strategy, ParameterServer) else whole
         mode = spec.evaluation.mode if spec.evaluation is not None else "min"
         checkpoints = Checkpoints(self._run_dir / CHECKPOINTS, spec.checkpoint, mode, world)
         meta, damaged = checkpoints.find()
-        made = spread(spec, self._task, world)
+        step = 0 if meta is None else meta.step
+        made = spread(spec, self._task, whole, range(step, num_steps))
         state = _state(spec, made)
         if meta is not None:
             check_same_run(meta, spec, checkpoints.root)
             state.load(checkpoint_directory(checkpoints.root, meta.step))
-        step = 0 if meta is None else meta.step
         dtype = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
         return Attempt(
             spec=spec,
             task=self._task,
             evaluation_data=self._evaluation_data,
-            num_steps=self.num_steps,
+            num_steps=num_steps,
             world=world,
             hooks=self._hooks,
             strategy=made.strategy,
             state=state,
-            feed=Feed(self._sides, spec.batch, made.strategy.share, seed=spec.seed, device=world.device),
+            feed=None if made.strategy.share is None else self._feed(made.strategy.share),
             checkpoints=checkpoints,
             meter=Meter(
                 self._run_dir if world.rank == 0 else None,
                 first_step=step,
                 flops_per_position=made.flops_per_position,
-                peak_flops=peak_flops(world.device, dtype) * world.size,
+                peak_flops=peak_flops(world.device, dtype) * whole.size,
                 device=world.device,
             ),
             resumed_from=None if meta is None else step,

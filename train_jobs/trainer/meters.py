@@ -51,6 +51,7 @@ class Meter:
         step_s: float,
         data_wait_s: float,
         checkpoint_stall_s: float,
+        staleness: int,
     ) -> StepReport:
         """The step's numbers, written where this worker writes; ``counts`` are targets, tokens and positions."""
         targets, tokens, positions = counts
@@ -69,6 +70,7 @@ class Meter:
             data_wait_s=data_wait_s,
             checkpoint_stall_s=checkpoint_stall_s,
             memory_bytes=self._used_memory_bytes(),
+            staleness=staleness,
             time=_now(),
         )
         if self._log is not None:

@@ -119,7 +119,19 @@ class Pipeline:
     stages_per_worker: int
 
 
-StrategySpec = Single | Ddp | Fsdp | Hsdp | Pipeline
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterServer:
+    """The first worker holds the weights and updates them; the others compute gradients, each at its own pace.
+
+    ``max_staleness`` is the most updates that may lie between the weights a gradient was computed on and its own
+    update; None sets no bound.
+    """
+
+    kind: Literal["parameter_server"] = "parameter_server"
+    max_staleness: int | None
+
+
+StrategySpec = Single | Ddp | Fsdp | Hsdp | Pipeline | ParameterServer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +231,13 @@ def data_workers(strategy: StrategySpec, num_workers: int) -> int:
         case Pipeline():
             _check_pipeline(strategy, num_workers)
             return strategy.data_parallel
+        case ParameterServer():
+            if num_workers < 2:
+                raise PlanError(
+                    f"strategy parameter_server: {num_workers} worker; allowed: 2 or more, as the first one "
+                    "holds the weights and the others compute; set workers to 2, or choose single"
+                )
+            return 1  # each computes whole batches
         case _:
             return num_workers
 
@@ -255,6 +274,7 @@ _STRATEGIES: dict[str, type[StrategySpec]] = {
     "fsdp": Fsdp,
     "hsdp": Hsdp,
     "pipeline": Pipeline,
+    "parameter_server": ParameterServer,
 }
 
 

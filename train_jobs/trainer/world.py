@@ -1,9 +1,14 @@
 """The workers of one attempt, as one of them sees it: its place, its device, sums over all."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+_ALONE = ContextVar("alone", default=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +21,8 @@ class World:
 
     @classmethod
     def current(cls, device: torch.device | None = None) -> "World":
-        """The default process group, or a single worker where there is none."""
-        joined = dist.is_available() and dist.is_initialized()
+        """The default process group, or a single worker where there is none, and inside :func:`alone`."""
+        joined = dist.is_available() and dist.is_initialized() and not _ALONE.get()
         return cls(
             rank=dist.get_rank() if joined else 0,
             size=dist.get_world_size() if joined else 1,
@@ -36,3 +41,13 @@ class World:
     def barrier(self) -> None:
         """Wait for everybody."""
         self.sum([0.0])
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block this worker does by itself what workers otherwise share."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)

@@ -113,6 +113,7 @@ _MEMORY_NAMES = {
     "optimizer": "optimizer states",
     "average": "averaged weights",
     "gathered": "gathered layers",
+    "messages": "weights and gradients under way",
     "activations": "activations, about",
     "checkpoint": "copy being saved",
     "process": "the process itself",

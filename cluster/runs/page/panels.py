@@ -32,6 +32,7 @@ def charts(record: RunRecord) -> list[Chart]:
         _data_wait(record, axis),
         _stalls(record, axis),
         _memory(record, axis),
+        *_staleness(record, axis),
     ]
 
 
@@ -111,6 +112,17 @@ def _memory(record: RunRecord, axis: Axis) -> Chart:
     line = Line(name="memory", points=_of_steps(record, lambda line: line.memory_bytes / size))
     text = partial(_with_unit, unit)
     return draw("memory", [line], axis, hint="of the first worker", from_zero=True, text=text)
+
+
+def _staleness(record: RunRecord, axis: Axis) -> list[Chart]:
+    """Of runs with a parameter server in which updates overtook each other."""
+    if not any(line.staleness for line in record.steps):
+        return []
+    mean = statistics.fmean(line.staleness for line in record.steps)
+    most = max(line.staleness for line in record.steps)
+    line = Line(name="staleness", points=_of_steps(record, lambda line: line.staleness))
+    hint = "updates since the weights of a gradient"
+    return [draw("staleness", [line], axis, hint=hint, readout=f"mean {mean:.1f}, most {most}", from_zero=True)]
 
 
 def _with_unit(unit: str, value: float) -> str:

@@ -247,6 +247,22 @@ MISTAKES = {
     "pipeline of one": in_job(
         ORATOR, SGD, f"{SGD}\n    strategy: {{kind: pipeline}}\n    workers: 1", "workers", "may be 1", "workers to 2"
     ),
+    "server without anybody to compute": in_job(
+        ORATOR,
+        SGD,
+        f"{SGD}\n    strategy: {{kind: parameter_server}}\n    workers: {{min: 1, max: 3}}",
+        "workers",
+        "may be 1, which do not form strategy parameter_server",
+        "set workers to 2",
+    ),
+    "staleness below nothing": in_job(
+        ORATOR,
+        SGD,
+        f"workers: 2\n    {SGD}\n    strategy: {{kind: parameter_server, max_staleness: -1}}",
+        "strategy.max_staleness",
+        "must be at least 0",
+        "from 0 to 10000",
+    ),
     "pipelines of one": in_job(
         ORATOR,
         SGD,

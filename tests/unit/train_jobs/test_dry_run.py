@@ -142,6 +142,24 @@ def test_no_place_for_a_worker(site: Site, capsys: pytest.CaptureFixture[str]) -
     assert "jobs.forecast.workers: 2 workers, and the nodes have places for 1; write `train_slot: 2` under" in said
 
 
+def test_a_parameter_server_says_what_it_holds_and_whom_a_bound_leaves_idle(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strategy = {"kind": "parameter_server", "max_staleness": 1}
+    site.write(slots=4, workers=4, resources={"cpus": 0.5}, strategy=strategy)
+    found = site.look(capsys)
+    trained = 4 * found["num_trained_parameters"]
+    memory = found["worker_memory"]
+    assert (memory["messages"], memory["gradients"], memory["optimizer"]) == (
+        trained,
+        trained,
+        0,
+    )  # who computes has more
+    assert "no more than 2 of the 3 computing workers compute at a time; raise it to 2" in found["notes"][0]
+    site.write(slots=4, workers=3, resources={"cpus": 0.5}, strategy=strategy)
+    assert site.look(capsys)["notes"] == []
+
+
 def test_weights_that_fit_no_node(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     wide = {**ARCHITECTURE, "hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32}
     site.write(base={"architecture": wide}, memory="1GiB")

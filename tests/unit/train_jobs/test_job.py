@@ -18,7 +18,18 @@ from train_jobs.job import (
     run_digest,
     run_directory,
 )
-from train_jobs.trainer.spec import Adam, Ddp, Hsdp, Muon, Pipeline, RmsProp, ScheduleSpec, Sgd, Single
+from train_jobs.trainer.spec import (
+    Adam,
+    Ddp,
+    Hsdp,
+    Muon,
+    ParameterServer,
+    Pipeline,
+    RmsProp,
+    ScheduleSpec,
+    Sgd,
+    Single,
+)
 
 TEXT = """\
 name: jobs
@@ -95,10 +106,17 @@ def test_the_best_checkpoint_is_kept_where_there_are_several_evaluations() -> No
         ("{kind: single}", Single),
         ("{kind: hsdp, shard_workers: 1}", Hsdp),
         ("{kind: pipeline}\n    workers: 2", Pipeline),
+        ("{kind: parameter_server}\n    workers: 2", ParameterServer),
     ],
 )
 def test_every_strategy_is_read(strategy: str, kind: type) -> None:
     assert isinstance(job_of("lm", f"strategy: {strategy}").training.strategy, kind)
+
+
+@pytest.mark.parametrize(("written", "bound"), [("", 4), (", max_staleness: 0", 0), (", max_staleness: null", None)])
+def test_a_parameter_server_has_a_bound_or_none(written: str, bound: int | None) -> None:
+    job = job_of("classify", f"strategy: {{kind: parameter_server{written}}}\n    workers: 3")
+    assert job.training.strategy == ParameterServer(max_staleness=bound)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.tiny_task import tiny_spec
 from train_jobs.sizes import ModelSizes, WorkerMemory, worker_memory
-from train_jobs.trainer.spec import Adam, BatchSpec, Ddp, Fsdp, Hsdp, Pipeline, Sgd, TrainSpec
+from train_jobs.trainer.spec import Adam, BatchSpec, Ddp, Fsdp, Hsdp, ParameterServer, Pipeline, Sgd, TrainSpec
 
 MODEL = ModelSizes(num_parameters=1000, num_trained=1000, num_layers=10, hidden_size=8, vocab_size=50)
 ADAMW = Adam(kind="adamw", lr=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
@@ -45,6 +45,18 @@ def test_what_is_cut_is_shared(strategy: object, parts: int) -> None:
     found = memory(replace(SPEC, strategy=strategy))  # type: ignore[arg-type]
     assert found.certain == 16000 // parts
     assert (found.gathered > 0) == (not isinstance(strategy, Pipeline))
+
+
+def test_a_parameter_server_has_the_states_and_the_others_the_activations() -> None:
+    spec = replace(SPEC, strategy=ParameterServer(max_staleness=4), ema=0.9)
+    server = memory(spec, model=replace(MODEL, hidden_size=1, vocab_size=1))
+    assert (server.weights, server.gradients, server.optimizer, server.average) == (4000, 0, 8000, 4000)
+    assert (server.messages, server.activations) == (3 * 4000, 0)
+    assert server.certain == 4000 + 8000 + 4000 + 3 * 4000
+    other = memory(spec, model=replace(MODEL, hidden_size=800))
+    assert (other.weights, other.gradients, other.messages) == (4000, 4000, 4000)
+    assert (other.optimizer, other.average, other.checkpoint) == (0, 0, 0)
+    assert other.activations == memory(model=replace(MODEL, hidden_size=800)).activations
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from train_jobs.supervision.room import count_places, describe_shortage, free_ag
 from train_jobs.supervision.stacks import dump_and_end
 from train_jobs.supervision.watchdog import Watch
 from train_jobs.trainer.materials import gather
-from train_jobs.trainer.spec import Pipeline
+from train_jobs.trainer.spec import ParameterServer, Pipeline
 
 NEEDS = {"CPU": 0.5, "train_slot": 1.0}
 
@@ -69,6 +69,18 @@ def test_watch_gives_starting_workers_longer_and_idle_ones_for_ever() -> None:
         watch.heard(rank, "paused", 5, now=101.0)
     assert watch.all_in("paused")
     assert watch.stuck(now=1e6) == ()
+
+
+def test_a_worker_that_waits_for_work_is_not_stuck_but_the_one_it_waits_for_is() -> None:
+    watch = Watch(3, start_timeout_s=100.0, step_timeout_s=5.0, now=0.0)
+    watch.heard(0, "stepping", 7, now=2.0)
+    watch.heard(1, "stepping", 5, now=1.0)
+    watch.heard(2, "waiting", 6, now=1.0)
+    assert watch.stuck(now=6.0) == ()
+    assert [str(one) for one in watch.stuck(now=6.5)] == [
+        "worker 1 stands still in step 5 for 6 s",
+        "worker 0 stands still in step 7 for 4 s",
+    ]
 
 
 def test_places_are_counted_node_by_node() -> None:
@@ -121,6 +133,8 @@ def test_sizes_are_those_that_share_the_batch(tmp_path: Path) -> None:
         allowed_sizes(replace(spec, min_workers=3, max_workers=3))
     pipeline = replace(spec.train, strategy=Pipeline(schedule="1f1b", data_parallel=2, stages_per_worker=1))
     assert allowed_sizes(replace(spec, train=pipeline)) == (4, 6, 8)
+    served = replace(spec.train, strategy=ParameterServer(max_staleness=None))
+    assert allowed_sizes(replace(spec, train=served)) == (2, 3, 4, 5, 6, 7, 8)
 
 
 def test_monitor_orders_a_pause_and_sees_when_all_have_saved(tmp_path: Path) -> None:

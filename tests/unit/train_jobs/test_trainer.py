@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from cluster.errors import PlanError
 from cluster.runs.log import StepReport
@@ -26,13 +27,14 @@ from train_jobs.trainer.spec import (
     EvaluationSpec,
     Fsdp,
     Hsdp,
+    ParameterServer,
     Pipeline,
     ScheduleSpec,
     Sgd,
     TrainSpec,
 )
 from train_jobs.trainer.state import load_tensors, saved_tensors, trained_weights
-from train_jobs.trainer.strategies.choosing import check_fits
+from train_jobs.trainer.strategies.choosing import check_fits, spread
 from train_jobs.trainer.world import World
 
 CONSTANT = ScheduleSpec(kind="constant", warmup_steps=0, final_fraction=None, decay_steps=None)
@@ -324,6 +326,13 @@ TWO_STAGES = Pipeline(schedule="1f1b", data_parallel=1, stages_per_worker=1)
         (Ddp(), (16, 3), 1, TinyTask(), "16 sequences are not a multiple of 3"),
         (Ddp(), (24, 4), 4, TinyTask(), "6 micro-batches of 4 .* by 4 workers; allowed: 1, 2, 3, 6"),
         (Hsdp(shard_workers=3), (16, 4), 4, TinyTask(), "4 workers do not form groups of 3"),
+        (
+            ParameterServer(max_staleness=None),
+            (16, 4),
+            1,
+            TinyTask(),
+            "parameter_server: 1 worker; allowed: 2 or more",
+        ),
         (TWO_STAGES, (16, 4), 1, TinyTask(), "1 worker per pipeline; allowed: 2 or more"),
         (TWO_STAGES, (16, 4), 2, Uncut(), "Uncut does not say how its model is cut"),
         (TWO_STAGES, (16, 16), 2, TinyTask(), "1 micro-batches per step for 2 workers"),
@@ -356,6 +365,17 @@ def test_what_cannot_work_is_refused_with_a_reason(
     sizes = BatchSpec(sequences=batch[0], micro_sequences=batch[1])
     with pytest.raises(PlanError, match=message):
         check_fits(tiny_spec(strategy=strategy, batch=sizes), task, num_workers)
+
+
+def test_running_statistics_do_not_reach_a_parameter_server() -> None:
+    class Counting(TinyTask):
+        def build_model(self, spec: TrainSpec) -> nn.Module:
+            return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+    spec = tiny_spec(strategy=ParameterServer(max_staleness=0))
+    world = World(rank=0, size=2, device=torch.device("cpu"))
+    with pytest.raises(PlanError, match=r"parameter_server: 1 keeps running statistics.*choose ddp"):
+        spread(spec, Counting(), world, range(6))
 
 
 def test_8_bit_states_are_not_cut() -> None:

@@ -15,7 +15,7 @@ from train_jobs.trainer.duration import num_micro_batches
 from train_jobs.trainer.layers import persistent_buffers, trained_parameters
 from train_jobs.trainer.spec import Pipeline, TrainSpec
 from train_jobs.trainer.strategies.gradient_sum import GradientSum
-from train_jobs.trainer.strategies.strategy import Forward, LossSum, evaluating
+from train_jobs.trainer.strategies.strategy import Forward, Lockstep, LossSum, Sums, evaluating
 from train_jobs.trainer.task import LossParts, MicroBatch, PipelineTask, Task
 from train_jobs.trainer.world import World
 
@@ -35,7 +35,7 @@ def check_pipeline(strategy: Pipeline, num_workers: int, num_micro: int) -> None
         )
 
 
-class Pipelined:
+class Pipelined(Lockstep):
     """Rank = pipeline * depth + place; a worker holds stages ``place``, ``place + depth`` ... of its pipeline."""
 
     def __init__(self, model: nn.Module, task: PipelineTask, forward: Forward, world: World, spec: TrainSpec) -> None:
@@ -45,8 +45,7 @@ class Pipelined:
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("data", "stage"))
         self._depth, self._place = shape[1], world.rank % shape[1]
         self._stage_group = mesh.get_group("stage")
-        self.share = Share(world.rank // shape[1], shape[0])
-        self.counts_batch = self._place == self._depth - 1
+        self.share: Share | None = Share(world.rank // shape[1], shape[0])
         num_stages = self._depth * spec.strategy.stages_per_worker
         parts = task.pipeline_parts(model, num_stages)
         assert len(parts) == num_stages, "this is a bug of the task"
@@ -63,7 +62,7 @@ class Pipelined:
         self._num_micro = num_micro_batches(spec.batch, shape[0])
         self._schedule = self._make_schedule(mine, num_stages)
 
-    def accumulate(self, micro_batches: list[MicroBatch]) -> tuple[float, float]:
+    def accumulate(self, micro_batches: list[MicroBatch]) -> Sums:
         """See Strategy."""
         self._losses, self._micro_batches = LossSum(), micro_batches
         inputs = [self._task.pipeline_inputs(micro_batch) for micro_batch in micro_batches]
@@ -75,7 +74,7 @@ class Pipelined:
         if self._sum is not None:
             self._sum.arm()
             self._sum.finish()
-        return self._losses.totals()
+        return self._losses.sums(micro_batches if self._place == self._depth - 1 else [])
 
     def sum_squares(self, squares: torch.Tensor) -> torch.Tensor:
         """Over the stages of one pipeline."""

@@ -11,15 +11,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from train_jobs.trainer.batches import Share
 from train_jobs.trainer.layers import persistent_buffers, repeated_layers, trained_parameters
-from train_jobs.trainer.strategies.strategy import Forward, LossSum, evaluating
+from train_jobs.trainer.strategies.strategy import Forward, Lockstep, LossSum, Sums, evaluating
 from train_jobs.trainer.task import MicroBatch, Task
 from train_jobs.trainer.world import World
 
 
-class Sharded:
+class Sharded(Lockstep):
     """Groups of ``shard_workers`` neighbours hold one copy of the model; gradients are summed over all groups."""
-
-    counts_batch = True
 
     def __init__(self, model: nn.Module, forward: Forward, world: World, shard_workers: int) -> None:
         self._forward = forward
@@ -36,11 +34,11 @@ class Sharded:
             cut.set_gradient_divide_factor(1.0)  # losses are sums, and so are gradients
             cut.set_force_sum_reduction_for_comms(True)
         self._model = model
-        self.share = Share(world.rank, world.size)
+        self.share: Share | None = Share(world.rank, world.size)
         self.parameters: Mapping[str, nn.Parameter] = trained_parameters(model)
         self.buffers: Mapping[str, torch.Tensor] = persistent_buffers(model)
 
-    def accumulate(self, micro_batches: list[MicroBatch]) -> tuple[float, float]:
+    def accumulate(self, micro_batches: list[MicroBatch]) -> Sums:
         """See Strategy. Each pass adds to the cut gradients at once; groups exchange them after the last one."""
         losses = LossSum()
         for number, micro_batch in enumerate(micro_batches, 1):
@@ -48,7 +46,7 @@ class Sharded:
             parts = self._forward(self._model, micro_batch)
             parts.sum.backward()  # type: ignore[no-untyped-call]
             losses.add(micro_batch, parts)
-        return losses.totals()
+        return losses.sums(micro_batches)
 
     def sum_squares(self, squares: torch.Tensor) -> torch.Tensor:
         """Over the workers that share one copy."""

@@ -4,31 +4,46 @@ import hashlib
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from train_jobs.trainer.batches import Share
+from train_jobs.trainer.batches import Share, count_positions
+from train_jobs.trainer.hooks import TrainResult
 from train_jobs.trainer.task import LossParts, MicroBatch, Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """What one worker adds to the totals of a step."""
+
+    loss: float
+    targets: float
+    tokens: int
+    """Real ones, counted by one worker of each share."""
+    positions: int
+    staleness: int = 0
+    """Updates since the weights that the gradient was computed on."""
+    stop: bool = False
+    """Another worker, which does not take part in the totals, wants the run to save and end."""
 
 
 class Strategy(Protocol):
     """A model spread over the workers; made by ``choosing``."""
 
-    share: Share
-    """Of every global batch."""
+    share: Share | None
+    """Of every global batch; None where others compute."""
     parameters: Mapping[str, nn.Parameter]
     """The trained ones that this worker holds, by their names in the whole model."""
     buffers: Mapping[str, torch.Tensor]
-    counts_batch: bool
-    """Whether this worker is the one of its share that counts the share's tokens."""
 
-    def accumulate(self, micro_batches: list[MicroBatch]) -> tuple[float, float]:
-        """Forward and backward passes; afterwards every ``grad`` is that of the loss summed over the global batch.
+    def accumulate(self, micro_batches: list[MicroBatch]) -> Sums:
+        """Forward and backward passes; afterwards every ``grad`` is that of the loss summed over a global batch.
 
-        Returns this worker's own part of that sum, and its number of targets.
+        Returns this worker's own part of the sums.
         """
 
     def sum_squares(self, squares: torch.Tensor) -> torch.Tensor:
@@ -36,6 +51,29 @@ class Strategy(Protocol):
 
     def evaluate(self, task: Task, data: Any) -> Mapping[str, Any]:
         """Metrics of the model as it is; every worker gets the same."""
+
+    def settle(self) -> bool:
+        """The run is to end: begin nothing more; returns whether the step under way may be the last one."""
+
+    def updated(self, step: int) -> None:
+        """Weights are those after ``step`` steps now; told once before the first step of an attempt, too."""
+
+    def conclude(self, end: TrainResult | Exception) -> None:
+        """The attempt has ended so."""
+
+
+class Lockstep:
+    """What strategies have in common whose workers all do the same step at the same time."""
+
+    def settle(self) -> bool:
+        """Nothing but the step itself is under way."""
+        return True
+
+    def updated(self, step: int) -> None:
+        """All know."""
+
+    def conclude(self, end: TrainResult | Exception) -> None:
+        """All know."""
 
 
 class Forward:
@@ -82,12 +120,13 @@ class LossSum:
         """Count in one micro-batch; a second loss of the same one replaces the first."""
         self._parts[micro_batch.number] = (parts.sum.detach(), parts.count.detach())
 
-    def totals(self) -> tuple[float, float]:
-        """Sum of losses and number of targets, added in float64."""
+    def sums(self, counted: list[MicroBatch]) -> Sums:
+        """Losses and targets of all that was added, in float64, and tokens of the micro-batches ``counted``."""
+        tokens, positions = count_positions(counted)
         if not self._parts:
-            return 0.0, 0.0
-        sums, counts = zip(*self._parts.values(), strict=True)
-        return float(torch.stack(sums).double().sum()), float(torch.stack(counts).double().sum())
+            return Sums(loss=0.0, targets=0.0, tokens=tokens, positions=positions)
+        losses, counts = (torch.stack(parts).double().sum() for parts in zip(*self._parts.values(), strict=True))
+        return Sums(loss=float(losses), targets=float(counts), tokens=tokens, positions=positions)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def test_pipeline_takes_language_models_only(task: Any, spec: TaskSpec, tmp_path
         check_combination(task, "pipeline", None)
     for other in ("lm", "sft"):
         check_combination(other, "pipeline", LORA)
-    for strategy in ("single", "ddp", "fsdp", "hsdp"):
+    for strategy in ("single", "ddp", "fsdp", "hsdp", "parameter_server"):
         check_combination(task, strategy, LORA)
     assert isinstance(build_task(spec), PipelineTask)
     assert not isinstance(build_task(task_spec(task, spec.base)), PipelineTask)
