@@ -134,15 +134,32 @@ class TuneSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HarnessSpec:
+    """Tasks of lm-eval."""
+
+    tasks: list[str]
+    include: str | None
+    """Folder with tasks of the user's."""
+    num_fewshot: int | None
+    """None: as many as each task says."""
+    limit: int | None
+    """Documents of each task; None: all."""
+    chat_template: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateSpec:
-    """A model measured on prepared data."""
+    """A model measured on prepared data, or by lm-eval's tasks."""
 
     name: str
     task: JobTask
     model: str
     """URI."""
-    data: str
-    split: Literal["eval", "train"]
+    data: str | None
+    """None with a harness."""
+    split: Literal["eval", "train"] | None
+    """None with a harness."""
+    harness: HarnessSpec | None
     batch_sequences: int
     resources: ResourcesSpec
 

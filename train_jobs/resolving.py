@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster.config.nodes import TRAIN_SLOT
 from cluster.config.schema import ClusterConfig
 from cluster.errors import PlanError
-from cluster.plan.jobs import JobPlan, plan_job
+from cluster.plan.jobs import JobPlan, plan_data
 from cluster.registry.progress import Progress
 from cluster.registry.store import Registry
 from cluster.runs.files import prepared_directory, storage_directory
@@ -63,7 +63,7 @@ class Resolved:
 
 def look_at_data(config: ClusterConfig, plan: JobPlan, progress: Progress) -> Data:
     """The data that a job reads, as they are now: errors are those of ``find_current``."""
-    spec = read_prepare(plan_job(config, plan.data))
+    spec = read_prepare(plan_data(config, plan))
     manifest = find_current(spec, config.storage_root, progress)
     return data_of(config, spec, manifest)
 

@@ -107,13 +107,39 @@ def _labels_are_for_classify(config: ClusterConfig, index: int) -> Iterator[Find
         yield Finding(at=at, message=f"has {repeated[0]} twice", limit="each label once", remedy="remove one of them")
 
 
-def _evaluated_data_exist(config: ClusterConfig, index: int) -> Iterator[Finding]:
+def _evaluates_one_thing(config: ClusterConfig, index: int) -> Iterator[Finding]:
     job = config.jobs[index]
     if not isinstance(job, EvaluateJob):
         return
+    limit = "one of data and harness"
+    if job.data is None and job.harness is None:
+        remedy = "add `data:` with the name of a prepare job, or `harness: {tasks: [arc_easy]}`"
+        yield Finding(at=at_job(index), message="has nothing to measure the model on", limit=limit, remedy=remedy)
+    if job.data is not None and job.harness is not None:
+        message, remedy = "excludes data, and both are there", "remove one of them, or make it two jobs"
+        yield Finding(at=at_job(index, "harness"), message=message, limit=limit, remedy=remedy)
+    if job.split is not None and job.harness is not None and job.data is None:
+        message, remedy = "has no meaning for lm-eval's tasks", "remove it; a task's own YAML says what it reads"
+        yield Finding(at=at_job(index, "split"), message=message, limit="with data only", remedy=remedy)
+
+
+def _harness_tasks_differ(config: ClusterConfig, index: int) -> Iterator[Finding]:
+    job = config.jobs[index]
+    if not isinstance(job, EvaluateJob) or job.harness is None:
+        return
+    repeated = sorted({task for task in job.harness.tasks if job.harness.tasks.count(task) > 1})
+    if repeated:
+        at, message = at_job(index, "harness", "tasks"), f"has {repeated[0]} twice"
+        yield Finding(at=at, message=message, limit="each task once", remedy="remove one of them")
+
+
+def _evaluated_data_exist(config: ClusterConfig, index: int) -> Iterator[Finding]:
+    job = config.jobs[index]
+    if not isinstance(job, EvaluateJob) or job.data is None:
+        return
     yield from refers(config, job.data, PrepareJob, at_job(index, "data"))
     data = jobs_of(config, PrepareJob).get(job.data)
-    if data is not None and job.split == "eval" and data.split.eval_fraction == 0:
+    if data is not None and job.split != "train" and data.split.eval_fraction == 0:
         yield Finding(
             at=at_job(index, "split"),
             message=f"asks for held-out data, of which {job.data} has none",
@@ -211,6 +237,8 @@ JOB_RULES: tuple[JobRule, ...] = (
     _formats_hold_the_task,
     _encodings_exist,
     _labels_are_for_classify,
+    _evaluates_one_thing,
+    _harness_tasks_differ,
     _evaluated_data_exist,
     _tuned_job_exists,
     _space_is_of_the_job,

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from cluster.config.base import Name, Sha256, StrictModel
+from cluster.config.base import Name, Sha256, StrictModel, refuse
 from cluster.config.jobs_optimizers import MAX_STEPS
 from cluster.config.jobs_train import JobResources, JobTask, TrainJob
 from cluster.config.sources import DataSource, Source
@@ -106,19 +106,44 @@ class PrepareJob(StrictModel):
     """Processes that read and tokenize: 1 is the job's own, more are actors of Ray Data. The bytes are the same."""
 
 
+def _check_folder(path: str) -> str:
+    if not path.startswith("/"):
+        refuse(
+            "is not an absolute path", limit="/absolute/folder", remedy="write the whole path, on all nodes the same"
+        )
+    return path
+
+
+class HarnessSection(StrictModel):
+    """Tasks of EleutherAI's lm-evaluation-harness, an extra: ``pip install 'manta-cluster[lm-eval]'``."""
+
+    tasks: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
+    """Names of tasks, groups or tags that lm-eval knows, or that a file in ``include`` defines."""
+    include: Annotated[str, AfterValidator(_check_folder)] | None = None
+    """Folder with tasks of your own, in lm-eval's YAML, by its absolute path on every node that may run the job."""
+    num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Solved examples before each question; without it, as many as the task says."""
+    limit: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    """Only the first so many documents of each task, to try it out; without it, all."""
+    chat_template: bool = False
+    """Whether questions are put as the model's chat template says; for models that were trained to chat."""
+
+
 class EvaluateJob(StrictModel):
-    """A model that is there is measured on prepared data."""
+    """A model that is there is measured, on prepared data or by lm-eval's tasks."""
 
     name: Name
     """Name of the job."""
     kind: Literal["evaluate"]
-    """``evaluate``: a model is measured on prepared data."""
+    """``evaluate``: a model is measured."""
     model: Source
     """The model, usually ``registry://NAME@ALIAS``."""
-    data: Name
-    """The prepare job whose data it is measured on; its task decides what is measured."""
-    split: Literal["eval", "train"] = "eval"
-    """Which part of the data."""
+    data: Name | None = None
+    """The prepare job whose data it is measured on; its task decides what is measured. Either this or ``harness``."""
+    split: Literal["eval", "train"] | None = None
+    """Which part of the data; ``eval`` when nothing is said."""
+    harness: HarnessSection | None = None
+    """Tasks of lm-eval that it is measured by. Either this or ``data``."""
     batch_sequences: Annotated[int, Field(ge=1, le=65536)] = 8
     """Sequences of one forward pass; larger is faster and takes more memory."""
     resources: JobResources = JobResources()

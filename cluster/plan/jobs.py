@@ -47,9 +47,9 @@ class JobPlan(PlanModel):
     name: str
     kind: JobKind
     task: JobTask
-    """Of a tune job, that of the job it varies; of an evaluate job, that of its data."""
-    data: str
-    """The prepare job whose data it reads; of a prepare job, its own name."""
+    """Of a tune job, that of the job it varies; of an evaluate job, that of its data, or lm with a harness."""
+    data: str | None
+    """The prepare job whose data it reads; of a prepare job, its own name. None of an evaluate job with a harness."""
     workers: WorkerRange
     resources: WorkerResources
     spec: dict[str, Any]
@@ -68,6 +68,12 @@ def plan_job(config: ClusterConfig, name: str) -> JobPlan:
         if job.name == name:
             return _plan(config, job)
     raise PlanError(f"jobs: there is no job {name!r} in {config.name}; {_those_of(config)}")
+
+
+def plan_data(config: ClusterConfig, plan: JobPlan) -> JobPlan:
+    """The plan of the prepare job whose data a job reads."""
+    assert plan.data is not None, "only evaluate jobs may read none"
+    return plan_job(config, plan.data)
 
 
 def plan_trial(config: ClusterConfig, name: str, values: Mapping[str, JsonValue]) -> JobPlan:
@@ -105,14 +111,14 @@ def _plan(config: ClusterConfig, job: JobConfig) -> JobPlan:
             update = {"name": job.name, "kind": "tune", "spec": _tune_spec(job, varied)}
             return _train_plan(varied).model_copy(update=update)
         case EvaluateJob():
-            task = jobs_of(config, PrepareJob)[job.data].task
+            task = "lm" if job.data is None else jobs_of(config, PrepareJob)[job.data].task
             return _job_plan(job, task, job.data, job.resources, _evaluate_spec(job, task), most=1)
 
 
 def _job_plan(
     job: PrepareJob | EvaluateJob,
     task: JobTask,
-    data: str,
+    data: str | None,
     resources: JobResources,
     spec: dict[str, Any],
     *,
@@ -143,7 +149,7 @@ def _prepare_spec(job: PrepareJob) -> dict[str, Any]:
 
 
 def _evaluate_spec(job: EvaluateJob, task: JobTask) -> dict[str, Any]:
-    return {**_values(job, "kind"), "task": task}
+    return {**_values(job, "kind"), "task": task, "split": None if job.data is None else job.split or "eval"}
 
 
 def _tune_spec(job: TuneJob, varied: TrainJob) -> dict[str, Any]:

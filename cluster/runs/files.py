@@ -8,6 +8,7 @@
   state.json       how far it is (state.py); replaced as a whole, so a reader never sees half of it
   log.jsonl        a line for every step, and for every evaluation along the way
   evaluation.json  the last evaluation: {step, metrics}
+  harness.log      what lm-eval said while it measured
   checkpoints/ tensorboard/ report.html
 """
 
@@ -17,6 +18,7 @@ from cluster.errors import UsageError
 
 MANIFEST = "manifest.json"
 SPEC, STATE, LOG, EVALUATION, REPORT = "spec.json", "state.json", "log.jsonl", "evaluation.json", "report.html"
+HARNESS_LOG = "harness.log"
 
 
 _DIGITS = 12

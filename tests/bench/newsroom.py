@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from cluster.config.load import load_config
 from cluster.config.schema import ClusterConfig
-from cluster.plan.jobs import plan_job
+from cluster.plan.jobs import plan_data, plan_job
 from cluster.registry.progress import no_progress
 from cluster.registry.store import Registry
 from cluster.runs.files import newest_run, prepared_directory, storage_directory
@@ -151,11 +151,12 @@ def main() -> None:
     plan = plan_job(config, args.job)
     if plan.task != "classify":
         raise SystemExit(f"{args.job} is a job of task {plan.task}; this compares classifiers")
-    spec = read_prepare(plan_job(config, plan.data))
+    prepare = plan_data(config, plan)
+    spec = read_prepare(prepare)
     manifest = find_current(spec, config.storage_root)
     if manifest is None:
-        raise SystemExit(f"{plan.data} are not prepared yet; run {plan.data} or {args.job} first")
-    directory = prepared_directory(storage_directory(config.storage_root), plan.data, manifest.digest)
+        raise SystemExit(f"{prepare.name} are not prepared yet; run {prepare.name} or {args.job} first")
+    directory = prepared_directory(storage_directory(config.storage_root), prepare.name, manifest.digest)
     scores = [
         baseline("TF-IDF + linear, whole documents", whole_documents(spec, manifest, config.storage_root)),
         baseline(f"TF-IDF + linear, {manifest.sequence_tokens} tokens", cut_documents(directory, manifest)),

@@ -9,7 +9,7 @@ from cluster.config.jobs_train import METRICS
 from cluster.config.schema import ClusterConfig
 from cluster.control.code import code_digest, git_commit
 from cluster.control.report import Report
-from cluster.plan.jobs import JobPlan, plan_job
+from cluster.plan.jobs import JobPlan, plan_data
 from cluster.registry.manifest import Lineage
 from cluster.runs.files import storage_directory
 from cluster.runs.progress import Progress
@@ -78,7 +78,7 @@ def publish_plan(config: ClusterConfig, resolved: Resolved) -> PublishPlan | Non
 
 def resolve_with_data(config: ClusterConfig, plan: JobPlan, report: Report) -> Resolved:
     """The job on its data, which are prepared first when they are not there."""
-    prepare = plan_job(config, plan.data)
+    prepare = plan_data(config, plan)
     manifest = run_prepare(prepare, config.storage_root, report.progress)
     return resolve(config, plan, data_of(config, read_prepare(prepare), manifest), report.progress)
 

@@ -13,7 +13,7 @@ import msgspec
 from cluster.config.schema import ClusterConfig
 from cluster.control.report import Report
 from cluster.durable import write_json_durably
-from cluster.plan.jobs import JobPlan, plan_job, plan_trial
+from cluster.plan.jobs import JobPlan, plan_data, plan_job, plan_trial
 from cluster.registry.progress import no_progress
 from cluster.runs.files import SPEC, prepared_directory, run_directory, storage_directory
 from cluster.runs.prepared import Manifest
@@ -41,9 +41,9 @@ def run(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
     """Run all trials, from wherever an earlier submission got to, and publish the best; MantaError says why not."""
     spec = read_tune(plan)
     connect(f"jobs.{plan.name}")
-    manifest = run_prepare(plan_job(config, plan.data), config.storage_root, report.progress)
+    manifest = run_prepare(plan_data(config, plan), config.storage_root, report.progress)
     directory = _directory(config, spec, manifest)
-    state = _SweepState(directory, spec, plan, _data(config, plan, manifest))
+    state = _SweepState(directory, spec, plan, _data(config, manifest))
     make_run = partial(trial_run, config, spec, manifest, directory)
     lines = TrialLines(report)
     try:
@@ -78,7 +78,7 @@ def trial_run(
 
 def _resolve(config: ClusterConfig, spec: TuneSpec, manifest: Manifest, values: Mapping[str, Any]) -> Resolved:
     plan = plan_trial(config, spec.job, values)
-    prepare = read_prepare(plan_job(config, plan.data))
+    prepare = read_prepare(plan_data(config, plan))
     return resolve(config, plan, data_of(config, prepare, manifest), no_progress)
 
 
@@ -107,10 +107,10 @@ def _directory(config: ClusterConfig, spec: TuneSpec, manifest: Manifest) -> Pat
     return run_directory(storage_directory(config.storage_root), spec.name, digest)
 
 
-def _data(config: ClusterConfig, plan: JobPlan, manifest: Manifest) -> str:
+def _data(config: ClusterConfig, manifest: Manifest) -> str:
     """Where the prepared data lie, relative to the storage."""
     storage = storage_directory(config.storage_root)
-    return prepared_directory(storage, plan.data, manifest.digest).relative_to(storage).as_posix()
+    return prepared_directory(storage, manifest.name, manifest.digest).relative_to(storage).as_posix()
 
 
 class _SweepState:

@@ -27,7 +27,7 @@ from cluster.errors import PlanError
 from deployments.runtime.adapter import merge_adapter
 from deployments.runtime.support import UnsupportedModelError
 from train_jobs.tasks.adapter import add_adapter
-from train_jobs.tasks.spec import Architecture, Checkpoint, TaskSpec
+from train_jobs.tasks.spec import Architecture, Checkpoint, TaskName, TaskSpec
 
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id")
 
@@ -69,6 +69,15 @@ def make_network(spec: TaskSpec, seed: int) -> Network:
     with quiet():
         module = _random(spec, config) if isinstance(spec.base, Architecture) else _loaded(spec, spec.base, config)
     return _adapted(spec, module)
+
+
+def load_language_model(base: Checkpoint) -> PreTrainedModel:
+    """A base's causal language model in float32 on the CPU, with its adapter, if it has one, merged.
+
+    PlanError when the directory lacks tensors, or transformers has no such model.
+    """
+    with quiet():
+        return _read_checkpoint(base, stored_config(base), "lm")
 
 
 def outline(spec: TaskSpec) -> Network:
@@ -145,32 +154,38 @@ def _check_settings(settings: dict[str, Any], default: PretrainedConfig) -> None
 def _random(spec: TaskSpec, config: PretrainedConfig) -> PreTrainedModel:
     if spec.task == "classify":
         config = _with_labels(spec, config)
-    network: PreTrainedModel = _auto_class(spec, config).from_config(config, dtype=torch.float32)
+    network: PreTrainedModel = _auto_class(spec.task, config).from_config(config, dtype=torch.float32)
     return network
 
 
 def _loaded(spec: TaskSpec, base: Checkpoint, config: PretrainedConfig) -> PreTrainedModel:
-    same_labels = spec.task == "classify" and label_names(config) == spec.labels
-    if spec.task == "classify":
-        config = _with_labels(spec, config)
+    if spec.task != "classify":
+        return _read_checkpoint(base, config, spec.task)
+    same_labels = label_names(config) == spec.labels
+    network = _read_checkpoint(base, _with_labels(spec, config), "classify")
+    if not same_labels:
+        _renew_head(network)
+    return network
+
+
+def _read_checkpoint(base: Checkpoint, config: PretrainedConfig, task: TaskName) -> PreTrainedModel:
+    """The network with its adapter merged; the head of classify may be missing, or of another size."""
     try:
-        network, info = _auto_class(spec, config).from_pretrained(
+        network, info = _auto_class(task, config).from_pretrained(
             base.directory,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=spec.task == "classify",
+            ignore_mismatched_sizes=task == "classify",
         )
     except OSError as error:
         raise PlanError(f"base {base.name}: {base.directory} cannot be loaded: {error}") from error
-    missing = [name for name in info["missing_keys"] if spec.task != "classify" or _in_backbone(name, network)]
+    missing = [name for name in info["missing_keys"] if task != "classify" or _in_backbone(name, network)]
     mismatched = [entry[0] for entry in info["mismatched_keys"] if _in_backbone(entry[0], network)]
     if missing or mismatched:
         raise PlanError(f"base {base.name}: {base.directory} lacks {', '.join(sorted([*missing, *mismatched]))}")
-    if spec.task == "classify" and not same_labels:
-        _renew_head(network)
     try:
         merge_adapter(base.directory, network)
     except UnsupportedModelError as error:
@@ -203,11 +218,11 @@ def _with_labels(spec: TaskSpec, config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _auto_class(spec: TaskSpec, config: PretrainedConfig) -> Any:
-    auto = AutoModelForSequenceClassification if spec.task == "classify" else AutoModelForCausalLM
+def _auto_class(task: TaskName, config: PretrainedConfig) -> Any:
+    auto = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
     if type(config) not in auto._model_mapping:
-        what = "sequence classification" if spec.task == "classify" else "causal language"
-        raise PlanError(f"task {spec.task}: transformers has no {what} model of type {config.model_type}")
+        what = "sequence classification" if task == "classify" else "causal language"
+        raise PlanError(f"task {task}: transformers has no {what} model of type {config.model_type}")
     return auto
 
 

@@ -80,7 +80,12 @@ def metric_text(name: str, value: Any) -> str:
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Plain metrics with their values; tables among them are left to :func:`class_rows` and the template."""
     plain = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    return [(_WORDS.get(name, name.replace("_", " ")), metric_text(name, value)) for name, value in plain.items()]
+    return [(_WORDS.get(name, _words(name)), metric_text(name, value)) for name, value in plain.items()]
+
+
+def _words(name: str) -> str:
+    """A metric's name in words; those of lm-eval, ``task/metric``, as they are."""
+    return name if "/" in name else name.replace("_", " ")
 
 
 def confusion_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, float]]]]:
