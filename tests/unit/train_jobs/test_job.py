@@ -9,6 +9,7 @@ from cluster.config.schema import ClusterConfig
 from cluster.errors import PlanError
 from cluster.plan.jobs import plan_job, plan_jobs, plan_trial
 from train_jobs.job import (
+    HarnessSpec,
     JobSpec,
     SpaceSpec,
     read_evaluate,
@@ -79,6 +80,22 @@ def test_every_kind_of_job_is_read(task: str) -> None:
     assert (sweep.job, sweep.metric, sweep.mode, sweep.stop) == ("newsroom", "loss", "min", None)
     measured = read_evaluate(evaluate)
     assert (measured.model, measured.task, measured.split) == ("registry://newsroom@latest", task, "eval")
+
+
+def test_an_evaluation_by_tasks_reads_no_data() -> None:
+    asked = "harness: {tasks: [arc_easy, mine], include: /tasks, limit: 9}"
+    plan = plan_job(
+        load_text(
+            TEXT.replace("TASK", "lm").replace("MORE", "").replace("@latest, data: news}", f"@latest, {asked}}}"), "f"
+        ),
+        "check",
+    )
+    assert (plan.task, plan.data) == ("lm", None)
+    spec = read_evaluate(plan)
+    assert (spec.data, spec.split, spec.batch_sequences) == (None, None, 8)
+    assert spec.harness == HarnessSpec(
+        tasks=["arc_easy", "mine"], include="/tasks", num_fewshot=None, limit=9, chat_template=False
+    )
 
 
 def test_what_the_trainer_is_told() -> None:

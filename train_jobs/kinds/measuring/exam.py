@@ -166,8 +166,8 @@ def _why_not(name: str, error: Exception) -> str:
     if isinstance(error, OSError):
         return (
             f"the documents of {name} cannot be read: {_first_line(error)}; they come from the Hugging Face hub "
-            "unless the task says otherwise: run where it can be reached, or once there with an HF_HOME that this machine "
-            "shares, or write a task over files of your own into the folder that `include` names"
+            "unless the task says otherwise: run where it can be reached, or once there with an HF_HOME that "
+            "this machine shares, or write a task over files of your own into the folder that `include` names"
         )
     return f"lm-eval cannot make task {name}: {_first_line(error)}; correct its YAML, or leave it out"
 

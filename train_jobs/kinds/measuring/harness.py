@@ -20,8 +20,8 @@ from train_jobs.tasks.spec import Checkpoint
 
 def find(config: ClusterConfig, spec: EvaluateSpec, harness: HarnessSpec, report: Report) -> Found:
     """The model; PlanError when lm-eval is not installed, the folder is missing, or the model is of another kind."""
-    lm_eval_version = installed_version(spec.name)
     tasks_digest = None if harness.include is None else _folder_digest(spec.name, Path(harness.include))
+    lm_eval_version = installed_version(spec.name)
     registry = Registry(config.storage_root)
     version = find_version(spec.model, spec.name, "generate", config.models, registry, report.progress)
     if version.task != "generate":
