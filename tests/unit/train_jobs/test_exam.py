@@ -134,5 +134,5 @@ def test_a_look_names_near_tasks_and_what_the_folder_has(tmp_path: Path, capsys:
     (tmp_path / "tasks" / "broken.yaml").write_text("task: [")
     assert main(["run", str(yaml), "exam", "--dry-run"]) == 2
     told = capsys.readouterr().err
-    assert "jobs.exam.harness.tasks: lm-eval has no task 'wether'; did you mean weather" in told
+    assert "jobs.exam.harness.tasks: lm-eval has no task 'wether'; near is weather" in told
     assert "has lost, prose, weather, and broken.yaml cannot be read as one" in told

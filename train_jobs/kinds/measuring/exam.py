@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from cluster.config.wording import either
 from cluster.errors import MantaError, PlanError
 from cluster.runs.files import HARNESS_LOG
 from train_jobs.evaluation.errors import EvaluationError
@@ -132,7 +133,7 @@ def _find_tasks(exam: Exam) -> Any:
             near = difflib.get_close_matches(name, known.all_tasks, n=_NEAR_NAMES)
             raise PlanError(
                 f"jobs.{exam.job}.harness.tasks: lm-eval has no task {name!r}; "
-                f"{f'did you mean {_either(near)}?' if near else 'list them with `lm-eval ls tasks`'}"
+                f"{f'near is {either(near)}' if near else 'list them with `lm-eval ls tasks`'}"
                 f"{_of_folder(include, known)}"
             )
     return known
@@ -185,10 +186,6 @@ def _set_up(exam: Exam, name: str, task: Any) -> None:
         )
     task.set_config(key="num_fewshot", value=(own or 0) if wanted is None else wanted)
     task.set_fewshot_seed(seed=_OTHER_SEED)
-
-
-def _either(names: list[str]) -> str:
-    return " or ".join(names)
 
 
 def _first_line(error: Exception) -> str:
