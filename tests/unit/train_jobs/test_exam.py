@@ -83,7 +83,7 @@ def test_each_choice_has_the_likelihood_that_transformers_gives_it(tmp_path: Pat
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from train_jobs.measuring.hushed import hushed
+    from train_jobs.kinds.measuring.hushed import hushed
     from train_jobs.tasks.networks import load_language_model
     from train_jobs.tasks.spec import Checkpoint
 

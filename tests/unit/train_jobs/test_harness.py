@@ -8,7 +8,7 @@ import pytest
 from cluster.runs.page.results import metric_rows
 from tests.support.exam_site import write_site
 from train_jobs.__main__ import main
-from train_jobs.measuring.outcome import read_outcome
+from train_jobs.kinds.measuring.outcome import read_outcome
 
 RESULTS = {
     "results": {
