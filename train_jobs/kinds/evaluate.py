@@ -46,7 +46,7 @@ def run(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
         kept.failed(str(error))
         raise
     kept.done(measured)
-    values = {"job": plan.name, "model": found.model, "run_directory": str(kept.directory)}
+    values: dict[str, Any] = {"job": plan.name, "model": found.model, "run_directory": str(kept.directory)}
     values |= {"metrics": measured.metrics, "notes": list(measured.notes)}
     return Shown(view=metrics_view(heading, measured.metrics, measured.notes), values=values)
 

@@ -23,11 +23,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from cluster.config.jobs_train import JobTask
 from cluster.errors import PlanError
 from deployments.runtime.adapter import merge_adapter
 from deployments.runtime.support import UnsupportedModelError
 from train_jobs.tasks.adapter import add_adapter
-from train_jobs.tasks.spec import Architecture, Checkpoint, TaskName, TaskSpec
+from train_jobs.tasks.spec import Architecture, Checkpoint, TaskSpec
 
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id")
 
@@ -168,7 +169,7 @@ def _loaded(spec: TaskSpec, base: Checkpoint, config: PretrainedConfig) -> PreTr
     return network
 
 
-def _read_checkpoint(base: Checkpoint, config: PretrainedConfig, task: TaskName) -> PreTrainedModel:
+def _read_checkpoint(base: Checkpoint, config: PretrainedConfig, task: JobTask) -> PreTrainedModel:
     """The network with its adapter merged; the head of classify may be missing, or of another size."""
     try:
         network, info = _auto_class(task, config).from_pretrained(
@@ -218,7 +219,7 @@ def _with_labels(spec: TaskSpec, config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _auto_class(task: TaskName, config: PretrainedConfig) -> Any:
+def _auto_class(task: JobTask, config: PretrainedConfig) -> Any:
     auto = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
     if type(config) not in auto._model_mapping:
         what = "sequence classification" if task == "classify" else "causal language"
