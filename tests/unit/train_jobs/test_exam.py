@@ -62,7 +62,7 @@ def test_tasks_are_asked_and_the_numbers_are_those_of_transformers(
     assert metrics["prose/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert metrics["weather/num_documents"] == 3
     assert 0 <= metrics["weather/acc_stderr"] < 1
-    assert values["notes"][-1] == "prose: version 2.0, 2 of 2 documents, 0 solved examples before each."
+    assert values["notes"][0] == "prose: version 2.0, 2 of 2 documents, 0 solved examples before each."
 
     record = read_run(Path(values["run_directory"]), tmp_path / "storage")
     assert record.state.status == "finished"
