@@ -18,7 +18,7 @@ PROSE = ["calm day number one", "storm on the second day, and calm on the third"
 _WEATHER = """\
 task: weather
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/weather.jsonl}}, cache_dir: {folder}/cache}}
+dataset_kwargs: {{data_files: {{test: {folder}/weather.jsonl}}, cache_dir: {folder}-cache}}
 output_type: multiple_choice
 test_split: test
 fewshot_split: test
@@ -31,7 +31,7 @@ metadata: {{version: 1.5}}
 _PROSE = """\
 task: prose
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/prose.jsonl}}, cache_dir: {folder}/cache}}
+dataset_kwargs: {{data_files: {{test: {folder}/prose.jsonl}}, cache_dir: {folder}-cache}}
 output_type: loglikelihood_rolling
 test_split: test
 doc_to_text: ""

@@ -127,12 +127,3 @@ def test_what_cannot_be_asked_is_explained(
     yaml = site(tmp_path, tasks, more)
     assert main(["run", str(yaml), job]) != 0
     assert re.search(says, capsys.readouterr().err.replace("\n", " "))
-
-
-def test_a_look_names_near_tasks_and_what_the_folder_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    yaml = site(tmp_path, "wether")
-    (tmp_path / "tasks" / "broken.yaml").write_text("task: [")
-    assert main(["run", str(yaml), "exam", "--dry-run"]) == 2
-    told = capsys.readouterr().err
-    assert "jobs.exam.harness.tasks: lm-eval has no task 'wether'; near is weather" in told
-    assert "has lost, prose, weather, and broken.yaml cannot be read as one" in told
