@@ -138,7 +138,7 @@ def _took(each: JobStatus) -> str:
 
 
 def _steps(each: JobStatus) -> str:
-    if each.step is None or each.kind in ("prepare", "evaluate"):
+    if each.step is None or each.kind != "train":
         return ""
     return f"{each.step}" if each.num_steps is None else f"{each.step}/{each.num_steps}"
 

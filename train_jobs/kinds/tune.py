@@ -51,6 +51,8 @@ def run(config: ClusterConfig, plan: JobPlan, report: Report) -> Shown:
         best = table.close()
         report.say(f"Trial {best.number} is the best, with {spec.metric} {best.score:.4g}.")
         published = _publish(config, spec, manifest, directory, table, best)
+        if table.sweep.published is not None:
+            report.say(f"Published {table.sweep.published}.")
     except Exception as error:
         state.end(status="failed", error=str(error))
         raise
@@ -145,15 +147,15 @@ class TrialLines:
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._told: dict[int, Trial] = {}
+        self._told: dict[int, str] = {}
 
     def tell(self, sweep: Sweep) -> None:
         """What is new about the sweep's trials."""
         for trial in sweep.trials:
-            before = self._told.get(trial.number)
-            if before != trial:
-                self._told[trial.number] = trial
-                self._report.say(_line(sweep, trial))
+            line = _line(sweep, trial)
+            if self._told.get(trial.number) != line:
+                self._told[trial.number] = line
+                self._report.say(line)
 
 
 def _line(sweep: Sweep, trial: Trial) -> str:

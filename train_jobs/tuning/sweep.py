@@ -1,5 +1,6 @@
 """A whole sweep on Ray Tune: a TuneSpec and how to make a run of values in, the table of all trials out."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,9 @@ def run_sweep(spec: TuneSpec, make_run: MakeRun, directory: Path, changed: Calla
 def _tuner(
     spec: TuneSpec, make_run: MakeRun, points: list[dict[str, Any]] | None, work: Path, follow: "_Follow"
 ) -> tune.Tuner:
+    os.environ.setdefault(
+        "RAY_AIR_NEW_OUTPUT", "0"
+    )  # Ray's newer output has a banner that ``verbose`` does not silence
     trainable = tune.with_resources(tune.with_parameters(TrialRun, spec=spec, make_run=make_run), _RESOURCES)
     return tune.Tuner(
         trainable,
