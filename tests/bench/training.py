@@ -1,7 +1,7 @@
 """``python -m tests.bench training``: what the training loop adds to a bare torch loop, and what checkpoints hold up.
 
-Both train the same small Llama on the same sequences in the same order, with the same optimizer and clipping, in
-turns in one process.
+Both train the same small Llama on the same sequences in the same order, with the same optimizer and clipping, a step
+of one after a step of the other in one process.
 """
 
 import argparse
@@ -101,52 +101,64 @@ def loss_of(model: nn.Module, token_ids_BS: torch.Tensor) -> tuple[torch.Tensor,
     return cross_entropy(logits_BSV[:, :-1].flatten(0, 1), targets, reduction="sum"), len(targets)
 
 
-class StepTimes(NoHooks):
-    """Seconds from the beginning of one step to that of the next, and the reports."""
+class BareLoop:
+    """The shortest loop that does the same."""
 
-    def __init__(self) -> None:
-        self.begun: list[float] = []
+    def __init__(self, task: LlamaTask, shards: RandomShards, spec: TrainSpec) -> None:
+        assert isinstance(spec.optimizer, Adam)
+        assert spec.clip_norm is not None
+        self._shards, self._spec, self._clip_norm = shards, spec, spec.clip_norm
+        self._model = task.build_model(spec)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=spec.optimizer.lr, weight_decay=0.01)
+        self._order = Order(len(shards), spec.seed)
+
+    def step(self, number: int) -> float:
+        """Do step ``number``; the seconds it took."""
+        batch = self._spec.batch
+        began = time.perf_counter()
+        ids = self._order.batch(number * batch.sequences, batch.sequences)
+        tokens = torch.from_numpy(self._shards.read(ids).token_ids_BS.astype(np.int64))
+        for part_BS in tokens.split(batch.micro_sequences):
+            total, count = loss_of(self._model, part_BS)
+            (total / (count * (batch.sequences // batch.micro_sequences))).backward()
+        nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        total.item()
+        return time.perf_counter() - began
+
+
+class StepTimes(NoHooks):
+    """Seconds from the beginning of one step to the end of it, and the reports.
+
+    Between two steps it lets the bare loop do one, so that both meet the same moods of the machine.
+    """
+
+    def __init__(self, bare: BareLoop | None = None) -> None:
+        self.bare: list[float] = []
+        self.ours: list[float] = []
         self.reports: list[StepReport] = []
+        self._loop = bare
+        self._began: float | None = None
 
     def heartbeat(self, step: int) -> None:
         """A step begins."""
-        self.begun.append(time.perf_counter())
+        if self._began is not None:
+            self.ours.append(time.perf_counter() - self._began)
+        if self._loop is not None:
+            self.bare.append(self._loop.step(step))
+        self._began = time.perf_counter()
 
     def on_step(self, report: StepReport) -> None:
         """A step is done."""
         self.reports.append(report)
 
-    @property
-    def seconds(self) -> list[float]:
-        """Without the first steps, which warm up."""
-        return [after - before for before, after in zip(self.begun[2:], self.begun[3:], strict=False)]
 
-
-def bare_loop(task: LlamaTask, shards: RandomShards, spec: TrainSpec) -> list[float]:
-    """The shortest loop that does the same: seconds per step, without the first steps."""
-    assert isinstance(spec.optimizer, Adam)
-    assert spec.clip_norm is not None
-    model = task.build_model(spec)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.optimizer.lr, weight_decay=0.01)
-    order, size = Order(len(shards), spec.seed), spec.batch.sequences
-    seconds = []
-    for step in range(spec.duration.amount):
-        began = time.perf_counter()
-        tokens = torch.from_numpy(shards.read(order.batch(step * size, size)).token_ids_BS.astype(np.int64))
-        for part_BS in tokens.split(spec.batch.micro_sequences):
-            total, count = loss_of(model, part_BS)
-            (total / (count * (size // spec.batch.micro_sequences))).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        total.item()
-        seconds.append(time.perf_counter() - began)
-    return seconds[2:-1]
-
-
-def trainer_steps(task: LlamaTask, shards: RandomShards, spec: TrainSpec, run_dir: Path) -> StepTimes:
+def trainer_steps(
+    task: LlamaTask, shards: RandomShards, spec: TrainSpec, run_dir: Path, bare: BareLoop | None = None
+) -> StepTimes:
     """The same by the trainer."""
-    times = StepTimes()
+    times = StepTimes(bare)
     world = World.current()
     Trainer(spec=spec, task=task, shards=shards, run_dir=run_dir, world=world, hooks=times).run()
     return times
@@ -207,9 +219,9 @@ def main() -> None:
     saves: list[float] = []
     for _ in range(arguments.repeat):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            bare += bare_loop(task, shards, spec)
-            times = trainer_steps(task, shards, spec, Path(folder) / "plain")
-            ours += times.seconds
+            times = trainer_steps(task, shards, spec, Path(folder) / "plain", BareLoop(task, shards, spec))
+            bare += times.bare[2:-1]
+            ours += times.ours[2:]
             waits += [report.data_wait_s / report.step_s for report in times.reports[2:-1]]
             reports = trainer_steps(task, shards, saving, Path(folder) / "saving").reports
             stalls += [report.checkpoint_stall_s for report in reports[:-1] if report.checkpoint_stall_s > 0]

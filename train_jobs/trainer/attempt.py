@@ -101,8 +101,9 @@ class Attempt:
 
     def _step(self) -> bool:
         """One optimizer step and what follows it; returns whether to stop."""
-        step, began = self.progress.step, time.perf_counter()
+        step = self.progress.step
         self.hooks.heartbeat(step)
+        began = time.perf_counter()
         micro_batches = self._take(step)
         data_wait_s = time.perf_counter() - began
         sums = self.strategy.accumulate(micro_batches)
