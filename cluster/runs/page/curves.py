@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 MAX_POINTS = 400
 
@@ -73,7 +74,9 @@ def _three_digits(value: float) -> str:
 
 
 def percent(ratio: float) -> str:
-    """A share as ``12.3 %``."""
+    """A share as ``12.3 %``; a very small one as ``0.002 %``."""
+    if 0 < ratio < 0.001:
+        return f"{Decimal(f'{100 * ratio:.1g}'):f} %"  # without an exponent
     return f"{100 * ratio:.1f} %" if ratio < 0.9995 else "100 %"
 
 

@@ -67,6 +67,9 @@ def _loss(record: RunRecord, axis: Axis) -> Chart:
 
 
 def _metrics(record: RunRecord, axis: Axis) -> list[Chart]:
+    """Curves of evaluations along the way; a single one is told by its table."""
+    if len(record.evaluations) < 2:
+        return []
     found = []
     shares = [
         Line(name=name.replace("_", " "), points=points, color=number, style="dots")

@@ -49,7 +49,7 @@ def tiles(record: RunRecord, now: float) -> list[Tile]:
         stall_s = sum(line.checkpoint_stall_s for line in record.steps)
         found += [
             Tile(name="tokens/s", value=short(throughput(record.steps)), note="median step"),
-            Tile(name="MFU", value=percent(last.mfu), note="last step"),
+            Tile(name="MFU", value=percent(last.mfu), note="of peak, last step"),
             Tile(name="checkpoint stall", value=percent(stall_s / _step_time(record)), note=duration(stall_s)),
             Tile(name="memory", value=format_bytes(max(line.memory_bytes for line in record.steps)), note="peak"),
         ]

@@ -192,7 +192,8 @@ def test_times_and_shares_are_written_for_people() -> None:
         "2 h 5 min",
         "1 d 1 h",
     ]
-    assert [percent(value) for value in (0.0, 0.0213, 0.9999)] == ["0.0 %", "2.1 %", "100 %"]
+    shares = (0.0, 0.000004, 0.0009, 0.0213, 0.9999)
+    assert [percent(value) for value in shares] == ["0.0 %", "0.0004 %", "0.09 %", "2.1 %", "100 %"]
 
 
 def test_a_chart_puts_points_where_they_belong() -> None:
