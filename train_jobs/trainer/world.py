@@ -38,10 +38,6 @@ class World:
         summed: list[float] = total.tolist()
         return summed
 
-    def barrier(self) -> None:
-        """Wait for everybody."""
-        self.sum([0.0])
-
 
 @contextmanager
 def alone() -> Iterator[None]:
