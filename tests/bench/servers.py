@@ -2,6 +2,7 @@
 
 import ctypes.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -111,6 +112,7 @@ def _down(cluster: Cluster) -> None:
     done = cluster.manta("down", str(cluster.config))
     if done.returncode:
         sys.exit(f"manta down failed:\n{done.stdout}{done.stderr}")
+    shutil.rmtree(cluster.temp_dir, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
