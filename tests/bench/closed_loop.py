@@ -7,9 +7,9 @@ are only time-stamped meanwhile, and read afterwards.
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tests.bench.figures import Figures, Record, figures
 from tests.bench.machine import CpuClock, CpuUse
@@ -18,6 +18,8 @@ from tests.bench.workloads import Workload
 _LONGEST_WARM_UP_S = 120.0
 _POLL_S = 0.05
 _PAUSE_AFTER_ERROR_S = 0.2
+
+Side = TypeVar("Side")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +47,17 @@ class Point:
 
     figures: Figures
     cpu: CpuUse
+
+    def __str__(self) -> str:
+        """As told while a benchmark runs."""
+        first = self.figures.first_token
+        return f"{self.figures.tokens_per_s:.1f} tok/s" + (f", TTFT p50 {first.p50_ms:.0f} ms" if first else "")
+
+
+def turns(sides: Sequence[Side], num_rounds: int) -> Iterator[tuple[int, Side]]:
+    """Round by round every side, who goes first changing, so that a machine whose speed swings treats all alike."""
+    for number in range(num_rounds):
+        yield from ((number, side) for side in (sides if number % 2 == 0 else reversed(sides)))
 
 
 async def measure(

@@ -7,7 +7,7 @@ Definitions (a run is a closed loop, see :mod:`tests.bench.closed_loop`; the win
             request that the window's end cut off counts as many per event as the complete ones on average.
     TTFT    from sending a request to its first event with text, over the first events inside the window.
     ITL     between two neighbouring events with text of one stream, over the gaps that end inside the window.
-    ratio   mean of one side over the mean of the other; its spread is the lowest and the highest of one repeat.
+    ratio   of one side to the other, repeat by repeat: the median, the lowest and the highest.
 
 What arrives inside the window counts, wherever it was sent: to count what was sent inside it would leave out the
 slowest requests of a slow server.
@@ -119,7 +119,7 @@ def _count_within(times: Iterable[float], start_s: float, stop_s: float) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """One side over the other: of the means, and the extremes of single repeats."""
+    """One side over the other: median and extremes of the repeats."""
 
     value: float
     lowest: float
@@ -133,8 +133,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     if min(theirs) <= 0:
         raise ValueError(f"the other side measured {min(theirs)}; there is no ratio to it")
     single = [a / b for a, b in zip(ours, theirs, strict=True)]
-    value = statistics.fmean(ours) / statistics.fmean(theirs)
-    return Ratio(value=value, lowest=min(single), highest=max(single))
+    return Ratio(value=statistics.median(single), lowest=min(single), highest=max(single))
 
 
 Measure = Literal["tok/s", "TTFT p50"]

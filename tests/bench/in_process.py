@@ -75,14 +75,14 @@ async def stage_samples(local: LocalRay) -> AsyncIterator[list[tuple[float, Stag
 
 
 @contextmanager
-def local_ray() -> Iterator[LocalRay]:
-    """Started for this process, and ended with it."""
+def local_ray(num_replicas: int = 1) -> Iterator[LocalRay]:
+    """Started for this process, and ended with it; each replica may have all cores, as one computes at a time."""
     (port,) = free_ports(1)
     temp_dir = tempfile.mkdtemp(prefix="manta-bench-ray-", dir="/tmp")
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_metrics_report_interval_ms="500", RAY_DISABLE_IMPORT_WARNING="1")
     ray.init(
         address="local",
-        num_cpus=os.cpu_count(),
+        num_cpus=num_replicas * (os.cpu_count() or 1),
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         log_to_driver=False,

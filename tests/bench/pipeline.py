@@ -1,4 +1,4 @@
-"""``python -m tests.bench pipeline``: two stages of one thread beside one stage of two threads, in process.
+"""``python -m tests.bench pipeline``: two stages of one thread beside one stage of two threads, in process, in turns.
 
 Per stage it prints which part of the time it computed and waited, which part of it was bubble (waiting while the
 pipeline had work under way), and how long it took to send its results on, which runs beside the next step.
@@ -7,6 +7,8 @@ pipeline had work under way), and how long it took to send its results on, which
 import argparse
 import json
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.plan.types import ModelAppArgs
-from tests.bench.closed_loop import Point, measure
+from tests.bench.closed_loop import Point, measure, turns
 from tests.bench.figures import ratio
 from tests.bench.in_process import (
     LocalRay,
@@ -26,7 +28,7 @@ from tests.bench.in_process import (
     replica,
     stage_samples,
 )
-from tests.bench.layers import firsts, mean, rates, verdict
+from tests.bench.layers import firsts, median, rates, verdict
 from tests.bench.machine import CpuClock
 from tests.bench.servers import MODEL, checkpoint_of
 from tests.bench.stage_shares import StageTotals, stage_shares
@@ -54,14 +56,11 @@ def main() -> None:
     base = yaml.safe_load(arguments.config.read_text())["models"][0] | {"name": MODEL}
     if arguments.quantization:
         base["quantization"] = arguments.quantization
-    loads = [chat_like(f"P{number}", number) for number in arguments.streams]
-    prompts = PromptSource(checkpoint_of(arguments.storage))
-    found: list[Shared] = []
-    for repeat in range(arguments.repeat):
-        for layout, pipeline in LAYOUTS.items():
-            args = model_args(base | {"pipeline": pipeline}, arguments.storage)
-            with local_ray() as local:
-                found += uvloop.run(points(layout, local, args, loads, prompts, repeat, arguments))
+    layouts = {
+        layout: model_args(base | {"pipeline": pipeline}, arguments.storage) for layout, pipeline in LAYOUTS.items()
+    }
+    with local_ray(num_replicas=len(layouts)) as local:
+        found = uvloop.run(measure_all(layouts, local, arguments))
     console = Console(width=150)
     console.print(speed_table(found))
     console.print(stage_table(found))
@@ -75,41 +74,51 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--storage", type=Path, default=STORAGE, help="Manta's storage, where the model is")
     parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML whose first model is measured")
     parser.add_argument("--quantization", choices=["int8", "int4"])
-    parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=15.0, help="length of a window")
-    parser.add_argument("--warm-up", type=float, default=4.0, help="seconds before it, at least")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of a window")
+    parser.add_argument("--warm-up", type=float, default=2.0, help="seconds before it, at least")
     parser.add_argument("--out", type=Path, default=Path("bench-pipeline.json"))
     return parser.parse_args()
 
 
-async def points(
-    layout: str,
-    local: LocalRay,
-    args: ModelAppArgs,
-    loads: list[Workload],
-    prompts: PromptSource,
-    repeat: int,
-    arguments: argparse.Namespace,
+async def measure_all(
+    layouts: Mapping[str, ModelAppArgs], local: LocalRay, arguments: argparse.Namespace
 ) -> list[Shared]:
-    """One layout at every number of streams."""
-    clock, found = CpuClock(local.roots), []
-    async with replica(args) as service:
-        for workload in loads:
-            async with stage_samples(local) as samples:
-                point = await measure(
-                    ReplicaSource(service),
-                    workload,
-                    prompts.prompts(workload, repeat),
-                    clock=clock,
-                    warm_up_s=arguments.warm_up,
-                    seconds=arguments.seconds,
-                )
-                stop_s = time.perf_counter()
-            stages = stage_shares(samples, stop_s - arguments.seconds, stop_s)
-            found.append(Shared(layout=layout, num_streams=workload.num_streams, point=point, stages=stages))
-            rate = f"{point.figures.tokens_per_s:.1f} tok/s"
-            print(f"[{repeat + 1}] {layout} at {workload.num_streams}: {rate}", flush=True)
+    """Both layouts, which are up all the time, at every number of streams."""
+    prompts = PromptSource(checkpoint_of(arguments.storage))
+    found: list[Shared] = []
+    async with AsyncExitStack() as stack:
+        services = {name: await stack.enter_async_context(replica(args)) for name, args in layouts.items()}
+        for workload in (chat_like(f"P{number}", number) for number in arguments.streams):
+            for number, layout in turns(list(layouts), arguments.rounds):
+                source, lines = ReplicaSource(services[layout]), prompts.prompts(workload, number)
+                shared = await measure_one(layout, source, workload, lines, local, arguments)
+                found.append(shared)
+                print(f"[{number + 1}] {layout} at {workload.num_streams}: {shared.point}", flush=True)
     return found
+
+
+async def measure_one(
+    layout: str,
+    source: ReplicaSource,
+    workload: Workload,
+    prompts: Iterator[str],
+    local: LocalRay,
+    arguments: argparse.Namespace,
+) -> Shared:
+    """One window of one layout."""
+    async with stage_samples(local) as samples:
+        point = await measure(
+            source,
+            workload,
+            prompts,
+            clock=CpuClock(local.roots),
+            warm_up_s=arguments.warm_up,
+            seconds=arguments.seconds,
+        )
+        stop_s = time.perf_counter()
+    stages = stage_shares(samples, stop_s - arguments.seconds, stop_s)
+    return Shared(layout=layout, num_streams=workload.num_streams, point=point, stages=stages)
 
 
 def speed_table(found: list[Shared]) -> Table:
@@ -126,27 +135,27 @@ def speed_table(found: list[Shared]) -> Table:
         kept = ratio(rates(two), rates(one))
         table.add_row(
             str(num_streams),
-            f"{mean(rates(one)):.1f}",
-            f"{mean(rates(two)):.1f}",
+            f"{median(rates(one)):.1f}",
+            f"{median(rates(two)):.1f}",
             f"{kept.value:.3f}",
             f"{kept.lowest:.3f}..{kept.highest:.3f}",
             verdict(kept.value >= GOAL) if num_streams >= GOAL_FROM_STREAMS else "",
-            f"{mean(firsts(one)):.0f}",
-            f"{mean(firsts(two)):.0f}",
+            f"{median(firsts(one)):.0f}",
+            f"{median(firsts(two)):.0f}",
             str(sum(point.figures.num_errors for point in (*one, *two))),
         )
     return table
 
 
 def stage_table(found: list[Shared]) -> Table:
-    """How every stage spent its time, the mean of the repeats."""
+    """How every stage spent its time, medians of the rounds."""
     kinds = sorted({kind for each in found for shares in each.stages.values() for kind in shares})
     table = Table("layout", "streams", "stage", *kinds, title="where the stages' time went (% of the window)")
     for layout, num_streams in dict.fromkeys((each.layout, each.num_streams) for each in found):
         group = [each for each in found if (each.layout, each.num_streams) == (layout, num_streams)]
         for stage in sorted(group[0].stages):
             shares = [[each.stages[stage].get(kind, 0.0) for each in group] for kind in kinds]
-            table.add_row(layout, str(num_streams), str(stage), *(f"{mean(each):.1%}" for each in shares))
+            table.add_row(layout, str(num_streams), str(stage), *(f"{median(each):.1%}" for each in shares))
     return table
 
 

@@ -23,8 +23,8 @@ def read_stage_totals(text: str) -> StageTotals:
 def stage_shares(samples: Sequence[tuple[float, StageTotals]], start_s: float, stop_s: float) -> StageTotals:
     """How each stage spent the window, as parts of 1 by kind; ValueError without samples.
 
-    Computing and waiting are the whole. ``bubble`` is the part of the waiting while the pipeline had work under way,
-    and ``transfer`` runs beside the next step.
+    Stages without a step in the window are left out. Computing and waiting are the whole. ``bubble`` is the part of the
+    waiting while the pipeline had work under way, and ``transfer`` runs beside the next step.
     """
     within = [totals for at, totals in samples if start_s <= at < stop_s]
     if len(within) < 2:
@@ -35,5 +35,6 @@ def stage_shares(samples: Sequence[tuple[float, StageTotals]], start_s: float, s
         used = {kind: value - first.get(stage, {}).get(kind, 0.0) for kind, value in totals.items()}
         seconds = {kind.removesuffix("_seconds"): value for kind, value in used.items() if kind.endswith("_seconds")}
         whole = seconds.get("compute", 0.0) + seconds.get("wait", 0.0)
-        shares[stage] = {kind: value / whole for kind, value in seconds.items()} if whole else {}
+        if whole:
+            shares[stage] = {kind: value / whole for kind, value in seconds.items()}
     return shares

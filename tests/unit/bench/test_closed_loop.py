@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tests.bench.closed_loop import Exchange, Point, measure
+from tests.bench.closed_loop import Exchange, Point, measure, turns
 from tests.bench.figures import Figures, Latency
 from tests.bench.http_client import CompletionsServer, events
 from tests.bench.machine import CpuClock, CpuUse
@@ -186,3 +186,7 @@ ray_manta_steps_total{model="m"} 9.0
     assert stage_shares(samples, 2.0, 9.0) == {0: {"compute": 0.75, "wait": 0.25, "bubble": 0.125}}
     with pytest.raises(ValueError, match="longer"):
         stage_shares(samples, 2.0, 2.5)
+
+
+def test_sides_take_turns_in_being_first():
+    assert list(turns(["a", "b"], 3)) == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]

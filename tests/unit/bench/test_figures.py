@@ -73,9 +73,9 @@ def test_no_latency_of_nothing():
     assert latency([]) is None
 
 
-def test_a_ratio_is_of_the_means_and_its_spread_of_single_repeats():
-    found = ratio([10.0, 30.0], [10.0, 10.0])
-    assert (found.value, found.lowest, found.highest) == (2.0, 1.0, 3.0)
+def test_a_ratio_is_told_by_median_and_extremes_of_the_repeats():
+    found = ratio([10.0, 30.0, 20.0], [10.0, 10.0, 40.0])
+    assert (found.value, found.lowest, found.highest) == (1.0, 0.5, 3.0)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0])])
