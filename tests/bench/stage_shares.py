@@ -23,8 +23,8 @@ def read_stage_totals(text: str) -> StageTotals:
 def stage_shares(samples: Sequence[tuple[float, StageTotals]], start_s: float, stop_s: float) -> StageTotals:
     """How each stage spent the window, as parts of 1 by kind; ValueError without samples.
 
-    Stages without a step in the window are left out. Computing and waiting are the whole. ``bubble`` is the part of the
-    waiting while the pipeline had work under way, and ``transfer`` runs beside the next step.
+    Stages without a step in the window are left out. Computing and waiting are the whole. ``bubble`` is the part of
+    the waiting while the pipeline had work under way, and ``transfer`` runs beside the next step.
     """
     within = [totals for at, totals in samples if start_s <= at < stop_s]
     if len(within) < 2:
