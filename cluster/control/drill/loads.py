@@ -18,7 +18,9 @@ from cluster.errors import ControlError
 _OVERLOAD = 3.0
 _GOODPUT_SHARE = 0.9
 _SHORT_TOKENS = 64
-"""With much shorter answers, sending three times as many takes a good part of the machine that should answer."""
+"""The mean: with much shorter answers, sending three times as many takes a good part of the machine."""
+_LENGTH_STEP = 7
+"""From one request to the next. Equal ones all begin together, and a peak measured so is never reached again."""
 _RAMP_S = 2.0
 _MAX_FILL_S = 120.0
 _DROP_LANES = 32
@@ -72,7 +74,9 @@ async def _peak(drill: Drill, phase: Phase) -> tuple[float, float]:
 
 
 def _short_asks(drill: Drill) -> list[Ask]:
-    return [short_ask(drill.site.model, number, _SHORT_TOKENS) for number in range(64)]
+    shortest, num_lengths = _SHORT_TOKENS // 2, _SHORT_TOKENS + 1
+    lengths = [shortest + number * _LENGTH_STEP % num_lengths for number in range(num_lengths)]
+    return [short_ask(drill.site.model, number, length) for number, length in enumerate(lengths)]
 
 
 def _fill_s(drill: Drill, peak_requests: float) -> float:
