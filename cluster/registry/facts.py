@@ -15,6 +15,7 @@ from cluster.plan.types import AdapterFacts, ModelFacts
 from cluster.registry.adapter import CONFIG_NAME, WEIGHTS_NAME, parse_adapter_config
 from cluster.registry.labels import task_mistake
 from cluster.registry.manifest import ModelVersion
+from cluster.registry.positions import position_offset
 from cluster.registry.sources.screen import read_header
 from cluster.registry.store import Registry
 
@@ -23,8 +24,6 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embeddings|wte|wpe)\.")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
 _NOT_PARAMETERS = ("position_ids", "inv_freq", "masked_bias")
 """Buffers that old checkpoints store beside the weights."""
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
-"""Model types whose position table starts after the padding token's id."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,7 +62,7 @@ def read_facts(registry: Registry, version: ModelVersion) -> ModelFacts:
         num_layers=num_layers,
         hidden_size=hidden_size,
         vocab_size=numbers.read("vocab_size"),
-        max_context_tokens=numbers.read("max_position_embeddings") - _position_offset(config),
+        max_context_tokens=numbers.read("max_position_embeddings") - position_offset(config),
         num_kv_heads=numbers.read("num_key_value_heads", num_attention_heads),
         head_dim=numbers.read("head_dim", hidden_size // num_attention_heads),
         num_attention_heads=num_attention_heads,
@@ -156,7 +155,3 @@ def _is_tied(whole: dict[str, Any], config: dict[str, Any], counts: _Counts, ver
     if version.task != "generate":
         return False
     return counts.head == 0 or bool(config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False)))
-
-
-def _position_offset(config: dict[str, Any]) -> int:
-    return int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in _OFFSET_POSITIONS else 0

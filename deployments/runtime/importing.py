@@ -23,6 +23,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from cluster.registry.positions import max_positions
+
 Report = Callable[[str, int, int, str], None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,7 +107,7 @@ def _clean_descriptions(out: Path) -> None:
 
     def clean_tokenizer(content: dict[str, Any]) -> dict[str, Any]:
         kept = _without(content, *_FOREIGN_KEYS) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        limit = config.get("max_position_embeddings")
+        limit = max_positions(config)
         return kept | {"model_max_length": limit} if limit is not None else kept
 
     _rewrite(out / "tokenizer_config.json", out / "tokenizer_config.json", clean_tokenizer)

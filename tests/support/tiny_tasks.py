@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, AutoModel
 
 from cluster.config.jobs_train import JobTask
 from tests.support.corpora import save_tokenizer
@@ -22,6 +22,7 @@ from train_jobs.tasks.spec import AdapterSpec, Checkpoint, TaskSpec
 VOCABULARY, LENGTH = 258, 24
 LABELS = ("label0", "label1", "label2")
 LORA = AdapterSpec(kind="lora", rank=4, alpha=8.0, dropout=0.0, targets="auto", publish="merged")
+ENCODERS = ("bert", "roberta")
 ARCHITECTURE: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -35,14 +36,12 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 def save_base(directory: Path, model_type: str = "llama", **overrides: Any) -> Checkpoint:
-    """A tiny causal model, or an encoder for ``bert``, with a tokenizer beside it."""
-    if model_type == "bert":
+    """A tiny causal model, or an encoder for ``bert`` and ``roberta``, with a tokenizer beside it."""
+    if model_type in ENCODERS:
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config = BertConfig(
-            vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.2, **sizes, **overrides
-        )
-        BertModel(config).save_pretrained(directory)
+        kept = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "initializer_range": 0.2} | sizes | overrides
+        AutoModel.from_config(AutoConfig.for_model(model_type, **kept)).save_pretrained(directory)
     else:
         save_tiny_model(directory, model_type, vocab_size=VOCABULARY, **overrides)
     tokenizer = directory / "tokenizer"

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from cluster.config.sources import HfSource, PathSource, RegistrySource, parse_source
 from cluster.errors import DataError, SourceError
 from cluster.registry.materialize import materialize
+from cluster.registry.positions import max_positions
 from cluster.registry.progress import Progress
 from cluster.registry.sources.hub import download_tokenizer
 from cluster.registry.store import Registry
@@ -172,8 +173,7 @@ def _write_out(tokenizer: Any) -> TokenizerText:
 def _context_tokens(directory: Path) -> int | None:
     path = directory / "config.json"
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = content.get("max_position_embeddings", content.get("text_config", {}).get("max_position_embeddings"))
-    return found if isinstance(found, int) else None
+    return max_positions(content)
 
 
 def check_chat_template(tokenizer: FoundTokenizer) -> None:

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer
 
 from cluster.errors import PlanError
 from cluster.registry.adapter import FOLDER
+from cluster.registry.positions import max_positions
 from train_jobs.tasks.classify import ClassifyTask
 from train_jobs.tasks.combinations import check_task
 from train_jobs.tasks.dpo import PreferenceTask
@@ -61,7 +62,7 @@ def outline_model(spec: TaskSpec) -> ModelOutline:
         num_layers=len(repeated_layers(network.module)),
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        context_tokens=getattr(text, "max_position_embeddings", None),
+        context_tokens=max_positions(text.to_dict()),
     )
 
 

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from cluster.config.jobs_train import JobTask
 from cluster.errors import PlanError
+from cluster.registry.positions import max_positions
 from deployments.runtime.adapter import merge_adapter
 from deployments.runtime.support import UnsupportedModelError
 from train_jobs.tasks.adapter import add_adapter
@@ -51,7 +52,7 @@ def read_config(spec: TaskSpec) -> PretrainedConfig:
             f"base: its vocabulary has {text.vocab_size} tokens, the data's tokenizer {spec.vocab_size}; prepare the "
             "data with the model's own tokenizer"
         )
-    context_tokens = getattr(text, "max_position_embeddings", None)
+    context_tokens = max_positions(text.to_dict())
     if context_tokens is not None and spec.sequence_tokens > context_tokens:
         raise PlanError(
             f"base: its context is {context_tokens} tokens, the data's sequences have {spec.sequence_tokens}; "

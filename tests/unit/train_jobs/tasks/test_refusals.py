@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.errors import PlanError
 from tests.support.tiny_task import tiny_spec
-from tests.support.tiny_tasks import ARCHITECTURE, LORA, save_base, task_spec
+from tests.support.tiny_tasks import ARCHITECTURE, LENGTH, LORA, save_base, task_spec
 from train_jobs.tasks.build import build_task, outline_model
 from train_jobs.tasks.combinations import check_combination
 from train_jobs.tasks.language import LanguageModel, check_language_model
@@ -80,6 +81,16 @@ def test_specs_that_contradict_themselves(task: Any, changes: dict[str, Any], me
     asked = replace(task_spec(task, spec.base), **changes)
     with pytest.raises(PlanError, match=message):
         outline_model(asked)
+
+
+def test_position_that_an_encoder_keeps_for_padding_is_no_token_s(tmp_path: Path) -> None:
+    base = save_base(tmp_path, "roberta", pad_token_id=1, max_position_embeddings=LENGTH + 2)
+    asked = task_spec("classify", base)
+    assert outline_model(asked).context_tokens == LENGTH
+    network = build_task(asked).build_model(tiny_spec())
+    network.network(input_ids=torch.full((1, LENGTH), 2))  # the longest sequence has a position for each of its tokens
+    with pytest.raises(PlanError, match=f"context is {LENGTH} tokens, the data's sequences have {LENGTH + 1}"):
+        build_task(replace(asked, sequence_tokens=LENGTH + 1))
 
 
 @pytest.mark.parametrize(
