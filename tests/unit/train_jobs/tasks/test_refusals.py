@@ -88,7 +88,7 @@ def test_position_that_an_encoder_keeps_for_padding_is_no_token_s(tmp_path: Path
     asked = task_spec("classify", base)
     assert outline_model(asked).context_tokens == LENGTH
     network = build_task(asked).build_model(tiny_spec())
-    network.network(input_ids=torch.full((1, LENGTH), 2))  # the longest sequence has a position for each of its tokens
+    network.network(input_ids=torch.full((1, LENGTH), 2))  # each of its tokens has a position
     with pytest.raises(PlanError, match=f"context is {LENGTH} tokens, the data's sequences have {LENGTH + 1}"):
         build_task(replace(asked, sequence_tokens=LENGTH + 1))
 
