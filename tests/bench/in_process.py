@@ -116,12 +116,12 @@ def model_args(model: dict[str, Any], storage: Path) -> ModelAppArgs:
 
 
 @asynccontextmanager
-async def replica(args: ModelAppArgs) -> AsyncIterator[ReplicaService]:
-    """One replica with its stages, which has produced its first token."""
+async def replica(args: ModelAppArgs, name: str = "bench") -> AsyncIterator[ReplicaService]:
+    """One replica with its stages, which has produced its first token; several at a time need names of their own."""
     group = placement_group(replica_bundles(args), strategy=args.placement_strategy)
     await group.ready()
     try:
-        service = await ReplicaService.start(args, "bench", group)
+        service = await ReplicaService.start(args, name, group)
         try:
             yield service
         finally:

@@ -88,7 +88,10 @@ async def measure_all(
     prompts = PromptSource(checkpoint_of(arguments.storage))
     found: list[Shared] = []
     async with AsyncExitStack() as stack:
-        services = {name: await stack.enter_async_context(replica(args)) for name, args in layouts.items()}
+        services = {
+            name: await stack.enter_async_context(replica(args, f"bench-{number}"))
+            for number, (name, args) in enumerate(layouts.items())
+        }
         for workload in (chat_like(f"P{number}", number) for number in arguments.streams):
             for number, layout in turns(list(layouts), arguments.rounds):
                 source, lines = ReplicaSource(services[layout]), prompts.prompts(workload, number)
