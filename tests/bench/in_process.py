@@ -80,6 +80,7 @@ def local_ray(num_replicas: int = 1) -> Iterator[LocalRay]:
     (port,) = free_ports(1)
     temp_dir = tempfile.mkdtemp(prefix="manta-bench-ray-", dir="/tmp")
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_metrics_report_interval_ms="500", RAY_DISABLE_IMPORT_WARNING="1")
+    os.environ.update(RAY_worker_niceness="0")  # as the local provider has it
     ray.init(
         address="local",
         num_cpus=num_replicas * (os.cpu_count() or 1),
