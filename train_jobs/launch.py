@@ -3,11 +3,12 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
@@ -19,11 +20,13 @@ from cluster.errors import PlanError
 from cluster.runs.files import SPEC, STATE
 from cluster.runs.state import RunState, read_state
 from train_jobs.run_spec import RunSpec, allowed_sizes
+from train_jobs.supervision.evaluations import Evaluations
 from train_jobs.supervision.monitor import Monitor
 from train_jobs.supervision.policies import StopAskedError, deliberate
 from train_jobs.supervision.trainer import SupervisedTrainer
+from train_jobs.trainer.committed import retain
 from train_jobs.trainer.errors import TrainingError
-from train_jobs.trainer.hooks import TrainResult
+from train_jobs.trainer.hooks import TrainResult, as_evaluated
 
 Watcher = Callable[[RunState], None]
 """Told of the run's state about once a second."""
@@ -37,6 +40,7 @@ _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 _TELL_EVERY_S = 1.0
+_ANSWER_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,28 +109,75 @@ def _start_monitor(spec: RunSpec) -> Any:
 
 def _follow(spec: RunSpec, monitor: Any, watcher: Watcher) -> Outcome:
     fit = _Fit(spec, monitor)
-    fit.start()
-    with _stop_signals() as asked_to_stop:
+    with closing(Evaluations(spec, monitor)) as evaluations, _stop_signals() as asked_to_stop:
+        follow = _Follow(monitor, evaluations, watcher, asked_to_stop)
+        fit.start()
         while fit.is_alive():
             fit.join(_TELL_EVERY_S)
-            if asked_to_stop.is_set():
-                asked_to_stop.clear()
-                monitor.stop.remote()
-            with suppress(ray.exceptions.GetTimeoutError):
-                watcher(ray.get(monitor.state.remote(), timeout=10))
-    if fit.error is not None:
-        stopped = _stopped(fit.error)
-        error = _as_ours(spec, fit.error)
-        ray.get(monitor.end_attempt.remote("failed", str(error)))
-        watcher(ray.get(monitor.conclude.remote(status="stopped" if stopped else "failed", error=str(error))))
-        raise error from fit.error
-    result = fit.result
-    assert result is not None, "Ray Train ended without a result and without an error"
+            follow.look()
+        trained = fit.result is not None and fit.result.outcome == "finished"
+        while trained and follow.await_evaluations():
+            time.sleep(_TELL_EVERY_S / 2)
+    error = evaluations.error or fit.error
+    if error is not None:
+        _conclude_failed(spec, monitor, watcher, fit, error)
+    assert fit.result is not None, "Ray Train ended without a result and without an error"
+    result = replace(fit.result, outcome="stopped") if trained and follow.stopping else fit.result
+    return _conclude(spec, monitor, watcher, result)
+
+
+class _Follow:
+    """What the driver does about once a second: pass on what is asked of the run, and what is to be told of it."""
+
+    def __init__(
+        self, monitor: Any, evaluations: Evaluations, watcher: Watcher, asked_to_stop: threading.Event
+    ) -> None:
+        self._monitor = monitor
+        self._evaluations = evaluations
+        self._watcher = watcher
+        self._asked_to_stop = asked_to_stop
+        self.stopping = False
+
+    def look(self) -> None:
+        """While there are workers, or there may be."""
+        if self._asked_to_stop.is_set() or (self._evaluations.error is not None and not self.stopping):
+            self._asked_to_stop.clear()
+            self._monitor.stop.remote()
+        with suppress(ray.exceptions.GetTimeoutError):
+            look = ray.get(self._monitor.look.remote(), timeout=_ANSWER_TIMEOUT_S)
+            self.stopping = look.stopping
+            if look.begun:
+                self._evaluations.advance()
+            self._watcher(ray.get(self._monitor.state.remote(), timeout=_ANSWER_TIMEOUT_S))
+
+    def await_evaluations(self) -> bool:
+        """When the workers are done: whether there is still something to wait for."""
+        step = self._evaluations.advance()
+        if step is not None:
+            self._monitor.wait_for.remote(f"its training is done; it is being evaluated as it was after step {step}")
+        self.look()
+        return step is not None and not self.stopping
+
+
+def _conclude_failed(spec: RunSpec, monitor: Any, watcher: Watcher, fit: "_Fit", error: Exception) -> NoReturn:
+    ours = _as_ours(spec, error)
+    attempt = ("failed", str(ours)) if fit.result is None else (fit.result.outcome, None)
+    ray.get(monitor.end_attempt.remote(*attempt))
+    done = {} if fit.result is None else {"step": fit.result.step, "num_steps": fit.result.num_steps}
+    status = "stopped" if _stopped(error) else "failed"
+    watcher(ray.get(monitor.conclude.remote(status=status, error=str(ours), **done)))
+    raise ours from (None if ours is error else error)
+
+
+def _conclude(spec: RunSpec, monitor: Any, watcher: Watcher, result: TrainResult) -> Outcome:
+    kept, evaluation = spec.train.checkpoint, spec.train.evaluation
+    mode = "min" if evaluation is None else evaluation.mode
+    retain(spec.checkpoints, keep_last=kept.keep_last, keep_best=kept.keep_best, mode=mode)
     ray.get(monitor.end_attempt.remote(result.outcome))
     done = {"status": result.outcome, "step": result.step, "num_steps": result.num_steps}
     state: RunState = ray.get(monitor.conclude.remote(**done))
     watcher(state)
-    return Outcome(result=result, state=state)
+    return Outcome(result=as_evaluated(result, spec.train), state=state)
 
 
 class _Fit(threading.Thread):

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import msgspec
 import ray
-import torch
 
 from cluster.config.models import Task as ModelTask
 from cluster.durable import write_json_durably
@@ -25,12 +24,11 @@ from cluster.runs.record import Evaluation
 from cluster.runs.state import RunState, read_state, write_state
 from train_jobs.evaluation.requirements import missed
 from train_jobs.run_spec import RunSpec
-from train_jobs.trainer.committed import read_meta
-from train_jobs.trainer.errors import CheckpointError
+from train_jobs.supervision.measuring import measure, set_up_process
+from train_jobs.trainer.committed import read_evaluation, read_meta
 from train_jobs.trainer.hooks import TrainResult
 from train_jobs.trainer.materials import Materials, gather
 from train_jobs.trainer.state import trained_weights
-from train_jobs.trainer.strategies.strategy import evaluating
 
 _EXPORT = "export"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -85,7 +83,7 @@ def publish_run(spec: RunSpec, plan: PublishPlan, result: TrainResult) -> Publis
 
 def evaluate_and_publish(spec: RunSpec, plan: PublishPlan, checkpoint: Path) -> Published:
     """The work itself, in this process."""
-    torch.set_num_threads(spec.needs.threads)
+    set_up_process(spec)
     materials = gather(spec.materials, spec.arguments)
     step, metrics = read_meta(checkpoint).step, evaluate(spec, materials, checkpoint)
     sentences = missed(plan.require, plan.modes, metrics)
@@ -103,21 +101,11 @@ def evaluate_and_publish(spec: RunSpec, plan: PublishPlan, checkpoint: Path) -> 
 
 
 def evaluate(spec: RunSpec, materials: Materials, checkpoint: Path) -> dict[str, Any]:
-    """Metrics of a checkpoint: those measured when it was made, or else measured now; empty without data."""
-    known = read_meta(checkpoint).metrics
-    if known or materials.evaluation_data is None:
-        return known
-    model = materials.task.build_model(spec.train)
-    weights = trained_weights(checkpoint, averaged=spec.train.ema is not None)
-    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
-    if unknown:
-        raise CheckpointError(
-            f"{checkpoint}: the task's model has no {', '.join(unknown[:5])}; it belongs to another"
-        )
-    if spec.needs.gpus:
-        model.to("cuda")
-    with evaluating(model):
-        return dict(materials.task.evaluate(model, materials.evaluation_data))
+    """Metrics of a checkpoint: those measured along the way, or else measured now; empty without data."""
+    known = read_evaluation(checkpoint)
+    if known is not None:
+        return known.metrics
+    return {} if materials.evaluation_data is None else measure(spec, materials, checkpoint)
 
 
 def _publish(plan: PublishPlan, folder: Path, metrics: Mapping[str, Any]) -> ModelVersion:

@@ -43,7 +43,7 @@ class RunSpec:
     start_timeout_s: float
     """A worker that has not begun its first step for this long is stuck."""
     step_timeout_s: float
-    """A worker that has begun no new step for this long is stuck; evaluations and checkpoints are parts of steps."""
+    """A worker that has begun no new step for this long is stuck; checkpoints are parts of steps."""
     resize_delay_s: float
     """Room for more workers must have been there for this long before a run stops to grow into it."""
     max_failures: int
@@ -64,6 +64,11 @@ class RunSpec:
     def checkpoints(self) -> Path:
         """Where its checkpoints lie."""
         return self.run_dir / CHECKPOINTS
+
+    @property
+    def evaluates_beside(self) -> bool:
+        """Whether checkpoints are evaluated by others than the workers; those of GPUs have taken them, and do it."""
+        return self.train.evaluation is not None and not self.needs.gpus
 
     @property
     def stacks(self) -> Path:

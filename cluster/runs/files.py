@@ -6,7 +6,8 @@
 <storage>/runs/<job>/<run id>/
   spec.json        what was asked for, resolved
   state.json       how far it is (state.py); replaced as a whole, so a reader never sees half of it
-  log.jsonl        a line for every step, and for every evaluation along the way
+  log.jsonl        a line for every step
+  evaluations.jsonl  a line for every evaluation along the way; written from where they are made
   evaluation.json  the last evaluation: {step, metrics}
   harness.log      what lm-eval said while it measured
   checkpoints/ tensorboard/ report.html
@@ -18,6 +19,7 @@ from cluster.errors import UsageError
 
 MANIFEST = "manifest.json"
 SPEC, STATE, LOG, EVALUATION, REPORT = "spec.json", "state.json", "log.jsonl", "evaluation.json", "report.html"
+EVALUATIONS = "evaluations.jsonl"
 HARNESS_LOG = "harness.log"
 
 

@@ -1,4 +1,4 @@
-"""A run's ``log.jsonl``: steps and evaluations as the trainer reports them in, a line for each; the same out."""
+"""A run's logs: steps and evaluations as they are reported in, a line for each; the same out."""
 
 from pathlib import Path
 from typing import Any
@@ -60,24 +60,24 @@ def decode_evaluation(line: bytes) -> EvaluationReport | None:
 def read_log(path: Path) -> tuple[tuple[StepReport, ...], tuple[EvaluationReport, ...]]:
     """Steps and evaluations in order; a last line that is still being written is left for the next time.
 
-    DataError names a line that is neither.
+    Of evaluations after the same step the last one counts. DataError names a line that is neither.
     """
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return (), ()
     steps: list[StepReport] = []
-    evaluations: list[EvaluationReport] = []
+    evaluations: dict[int, EvaluationReport] = {}
     for number, line in enumerate(lines[:-1], start=1):
         try:
             evaluation = decode_evaluation(line)
             if evaluation is not None:
-                evaluations.append(evaluation)
+                evaluations[evaluation.step] = evaluation
             else:
                 steps.append(_decode_step(line))
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise DataError(f"{path}:{number} is no line of a training log: {error}") from error
-    return tuple(steps), tuple(evaluations)
+    return tuple(steps), tuple(evaluations[step] for step in sorted(evaluations))
 
 
 _decode_step = msgspec.json.Decoder(StepReport).decode

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from cluster.errors import DataError
-from cluster.runs.files import EVALUATION, LOG, MANIFEST, SPEC
+from cluster.runs.files import EVALUATION, EVALUATIONS, LOG, MANIFEST, SPEC
 from cluster.runs.log import EvaluationReport, StepReport, read_log
 from cluster.runs.prepared import Manifest, read_manifest
 from cluster.runs.state import RunState, read_state
@@ -41,7 +41,7 @@ class RunRecord:
 def read_run(directory: Path, storage: Path) -> RunRecord:
     """The run in ``directory``; DataError when it has no state, or a file of it cannot be read."""
     state = read_state(directory)
-    steps, evaluations = read_log(directory / LOG)
+    steps, evaluations = read_log(directory / LOG)[0], read_log(directory / EVALUATIONS)[1]
     written = _read_json(directory / EVALUATION, Evaluation)
     last = None if not evaluations else Evaluation(step=evaluations[-1].step, metrics=evaluations[-1].evaluation)
     return RunRecord(

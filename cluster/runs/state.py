@@ -27,6 +27,14 @@ class AttemptState(msgspec.Struct, frozen=True, kw_only=True):
     """In words, when there is more to say than ``end`` does."""
 
 
+class ScoreState(msgspec.Struct, frozen=True, kw_only=True):
+    """An evaluation along the way, in a word: the metric by which the run's checkpoints are compared."""
+
+    step: int
+    metric: str
+    score: float | None
+
+
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """A run of a job, of any kind."""
 
@@ -44,6 +52,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     loss: float | None = None
     """Of the last step."""
     tokens_per_s: float | None = None
+    score: ScoreState | None = None
+    """Of the last evaluation."""
     remaining_s: float | None = None
     """Until the last step, at the pace of this attempt."""
     began: float

@@ -56,6 +56,7 @@ GAUGES: dict[str, tuple[str, Sequence[str]]] = {
     "manta_train_mfu": ("Achieved share of the devices' matrix product rate.", JOB),
     "manta_train_padding_ratio": ("Share of the last step's positions that are padding.", JOB),
     "manta_train_staleness": ("Updates since the weights of the last step's gradient (parameter_server).", JOB),
+    "manta_train_evaluation": ("Of the last evaluation, each of its numbers.", ("job", "metric")),
     "manta_train_memory_bytes": ("Resident memory of a worker, or what its accelerator has allocated.", WORKER),
 }
 HISTOGRAMS: dict[str, tuple[str, Sequence[str], Sequence[float]]] = {

@@ -176,10 +176,7 @@ def synchronous_saves(run_dir: Path, repeat: int) -> list[float]:
     for number in range(1, repeat + 1):
         meta = Meta(
             step=number,
-            metrics={},
-            score=None,
-            best_score=None,
-            best_step=None,
+            to_evaluate=False,
             defining={},
             num_workers=1,
             strategy="",

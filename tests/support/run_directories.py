@@ -140,12 +140,14 @@ def write_run(storage: Path, *, status: str = "finished", num_steps: int = 162, 
     directory = storage / "runs" / "newsroom" / "newsroom-3fa9c1d2"
     directory.mkdir(parents=True)
     draw = random.Random(0)
-    lines: list[StepReport | EvaluationReport] = []
+    evaluations: list[EvaluationReport] = []
+    steps: list[StepReport] = []
     for step in range(1, steps_done + 1):
         if step % 40 == 0 or step == num_steps:
-            lines.append(EvaluationReport(step=step, evaluation=evaluation(step, num_steps), time=BEGAN + step))
-        lines.append(step_report(step, num_steps, draw))
-    (directory / "log.jsonl").write_text("".join(encode_line(line) for line in lines))
+            evaluations.append(EvaluationReport(step=step, evaluation=evaluation(step, num_steps), time=BEGAN + step))
+        steps.append(step_report(step, num_steps, draw))
+    (directory / "log.jsonl").write_text("".join(encode_line(line) for line in steps))
+    (directory / "evaluations.jsonl").write_text("".join(encode_line(line) for line in evaluations))
     (directory / "spec.json").write_text(
         json.dumps({"task": "classify", "train": {"optimizer": {"kind": "adamw", "lr": 5e-5, "betas": [0.9, 0.999]}}})
     )

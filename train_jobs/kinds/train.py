@@ -126,6 +126,8 @@ class ProgressLines:
             self._once(f"attempt {number}: {attempt.num_workers} workers{resumed}")
             why = f", {attempt.reason}" if attempt.reason else ""
             self._once(f"attempt {number} {attempt.end}{why}" if attempt.end else None)
+        if state.score is not None:
+            self._once(f"evaluated after step {state.score.step}: {state.score.metric} {_number(state.score.score)}")
         over = state.status != "running"
         if state.num_steps is None and not over:
             return
@@ -148,3 +150,7 @@ class ProgressLines:
         if line is not None and line not in self._told:
             self._told.add(line)
             self._say(line)
+
+
+def _number(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.6g}"

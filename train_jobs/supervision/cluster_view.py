@@ -6,6 +6,9 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled, without stubs
 
+from cluster.config.nodes import TRAIN_SLOT
+from train_jobs.supervision.room import quietest
+
 _TIMEOUT_S = 5.0
 
 
@@ -26,3 +29,10 @@ def view_cluster() -> ClusterView:
         free=available_resources_per_node(),
         leaving=frozenset(node if isinstance(node, str) else node.hex() for node in draining),
     )
+
+
+def quietest_node() -> str | None:
+    """The node that has the most cores free, of those that train and stay; None when there is none."""
+    view = view_cluster()
+    training = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(TRAIN_SLOT)}
+    return quietest({node: view.free.get(node, {}) for node in sorted(training - view.leaving)})

@@ -37,6 +37,8 @@ class Look:
     size: int
     places: dict[int, Place]
     """By rank; those that have begun."""
+    begun: bool
+    """The first worker is past its start, and so past looking for a checkpoint."""
     stuck: tuple[Standstill, ...]
     all_paused: bool
     order: Order

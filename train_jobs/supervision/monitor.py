@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from cluster.runs.log import StepReport
-from cluster.runs.state import AttemptState, RunState, write_state
+from cluster.runs.state import AttemptState, RunState, ScoreState, write_state
 from train_jobs.run_spec import RunSpec
 from train_jobs.supervision.messages import Beat, Look, Order, Place
 from train_jobs.supervision.watchdog import Watch
@@ -76,6 +76,7 @@ class Monitor:
             attempt=attempt.number,
             size=attempt.size,
             places=dict(attempt.places),
+            begun=attempt.watch.begun,
             stuck=attempt.watch.stuck(self._clock()),
             all_paused=attempt.size > 0 and attempt.watch.all_in("paused"),
             order=attempt.order,
@@ -96,6 +97,11 @@ class Monitor:
         """No group can be started now."""
         if self._state.waiting != what:
             self._change(waiting=what)
+
+    def evaluated(self, step: int, score: float | None) -> None:
+        """The model has been measured as it was after ``step`` steps."""
+        assert self._spec.train.evaluation is not None
+        self._change(score=ScoreState(step=step, metric=self._spec.train.evaluation.metric, score=score))
 
     def end_attempt(self, end: End, reason: str | None = None) -> None:
         """The group of workers is gone, or will be."""

@@ -11,6 +11,7 @@ from cluster.runs.log import StepReport
 from train_jobs.supervision.messages import Beat, Order
 from train_jobs.supervision.telemetry import TrainTelemetry
 from train_jobs.supervision.watchdog import Stage
+from train_jobs.trainer.committed import Evaluation
 from train_jobs.trainer.hooks import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,12 @@ class Pulse:
         """Keep the numbers for the next beat."""
         self._report = report
         self._telemetry.count(report)
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Tell the first worker's."""
+        if self._rank == 0:
+            self._telemetry.evaluated(evaluation.metrics)
+            self._monitor.evaluated.remote(step, evaluation.score)
 
     def on_checkpoint(self, path: Path) -> None:
         """Leave a line in the log."""

@@ -38,6 +38,11 @@ def largest(sizes: Collection[int], places: int) -> int | None:
     return max((size for size in sizes if size <= places), default=None)
 
 
+def quietest(free: Mapping[str, Resources]) -> str | None:
+    """The node with the most cores free, of equal ones the first; None without nodes."""
+    return max(free, key=lambda node: free[node].get("CPU", 0.0), default=None)
+
+
 def describe_shortage(needs: Resources, smallest: int, free: Mapping[str, Resources]) -> str:
     """Why a run waits: what it asks for, and what there is."""
     asked = ", ".join(f"{name} {amount:g}" for name, amount in needs.items())

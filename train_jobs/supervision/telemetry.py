@@ -1,4 +1,7 @@
-"""The numbers of training as Ray's metrics: step reports in, gauges and counters out."""
+"""The numbers of training as Ray's metrics: reports of steps and evaluations in, gauges and counters out."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from cluster.runs.log import StepReport
 from cluster.telemetry.metrics import Metrics
@@ -35,6 +38,12 @@ class TrainTelemetry:
             self._metrics.gauge("manta_train_mfu", report.mfu)
             self._metrics.gauge("manta_train_padding_ratio", report.padding_ratio)
             self._metrics.gauge("manta_train_staleness", report.staleness)
+
+    def evaluated(self, metrics: Mapping[str, Any]) -> None:
+        """Set the gauges of an evaluation's numbers."""
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._metrics.gauge("manta_train_evaluation", value, metric=name)
 
     def close(self) -> None:
         """Hand over what is pending."""

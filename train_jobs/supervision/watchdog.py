@@ -40,6 +40,11 @@ class Watch:
             self._places[rank] = (stage, step)
             self._since[rank] = now
 
+    @property
+    def begun(self) -> bool:
+        """Whether the first worker has started."""
+        return bool(self._places) and self._places[0][0] != "starting"
+
     def all_in(self, stage: Stage) -> bool:
         """Whether every worker is in this stage."""
         return all(place[0] == stage for place in self._places.values())

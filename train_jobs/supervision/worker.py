@@ -5,12 +5,12 @@ import time
 from typing import Any
 
 import ray
-import torch
 from ray import train
 from ray.train.torch import get_device
 
 from cluster.control.code import check_code_digest
 from train_jobs.run_spec import RunSpec
+from train_jobs.supervision.measuring import set_up_process
 from train_jobs.supervision.messages import Place
 from train_jobs.supervision.pulse import BEAT_S, Pulse
 from train_jobs.trainer.hooks import Hooks, TrainResult
@@ -27,7 +27,7 @@ def run_worker(spec: RunSpec, monitor: Any) -> TrainResult:
     attempt = ray.get(monitor.join.remote(rank, place))
     pulse = Pulse(monitor, job=spec.job, attempt=attempt, rank=rank)
     try:
-        result = train_here(spec, World.current(get_device()), pulse)
+        result = train_here(spec, World.current(get_device()), pulse, evaluates=not spec.evaluates_beside)
         while result.outcome == "stopped" and pulse.say("paused") == "pause":
             time.sleep(BEAT_S)  # the controller ends this process once it has seen that every worker has saved
         pulse.say("ended")
@@ -36,11 +36,9 @@ def run_worker(spec: RunSpec, monitor: Any) -> TrainResult:
     return result
 
 
-def train_here(spec: RunSpec, world: World, hooks: Hooks) -> TrainResult:
+def train_here(spec: RunSpec, world: World, hooks: Hooks, *, evaluates: bool = True) -> TrainResult:
     """Do one worker's attempt in this process, without Ray; errors are those of :meth:`Trainer.run`."""
-    torch.set_num_threads(spec.needs.threads)
-    if spec.train.deterministic and spec.needs.gpus:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    set_up_process(spec)
     materials = gather(spec.materials, spec.arguments)
     return Trainer(
         spec=spec.train,
@@ -50,4 +48,5 @@ def train_here(spec: RunSpec, world: World, hooks: Hooks) -> TrainResult:
         run_dir=spec.run_dir,
         world=world,
         hooks=hooks,
+        evaluates=evaluates,
     ).run()

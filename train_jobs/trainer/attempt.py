@@ -2,20 +2,19 @@
 
 import math
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train_jobs.trainer.batches import Feed
 from train_jobs.trainer.checkpoint import Checkpoints
-from train_jobs.trainer.committed import Meta, checkpoint_directory
-from train_jobs.trainer.duration import evaluation_due, may_save
+from train_jobs.trainer.committed import Evaluation, Meta, awaiting_evaluation, checkpoint_directory, rated
+from train_jobs.trainer.duration import evaluation_due, save_due
 from train_jobs.trainer.errors import TrainingError
 from train_jobs.trainer.gradients import finish_gradients
-from train_jobs.trainer.hooks import Hooks, TrainResult
-from train_jobs.trainer.meters import Meter
+from train_jobs.trainer.hooks import Hooks, TrainResult, as_evaluated
+from train_jobs.trainer.meters import EvaluationLog, Meter
 from train_jobs.trainer.schedules import learning_rate_factor
 from train_jobs.trainer.spec import TrainSpec, defining_fields
 from train_jobs.trainer.state import TrainState
@@ -23,18 +22,9 @@ from train_jobs.trainer.strategies.strategy import Strategy, Sums
 from train_jobs.trainer.task import MicroBatch, Task
 from train_jobs.trainer.world import World
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """Where a run stands between two steps."""
-
-    step: int = 0
-    """Steps done."""
-    metrics: Mapping[str, Any]
-    """Of the evaluation after this step; empty where there was none."""
-    score: float | None = None
-    best_score: float | None = None
-    best_step: int | None = None
+_MOST_AWAITING = 2
+"""Checkpoints that may wait for their evaluation, with the one that is being evaluated; then training waits."""
+_LOOK_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +42,7 @@ class Totals:
 
 @dataclass(kw_only=True)
 class Attempt:
-    """Everything one attempt works with; ``progress`` is what changes."""
+    """Everything one attempt works with."""
 
     spec: TrainSpec
     task: Task
@@ -66,31 +56,35 @@ class Attempt:
     """None where others compute."""
     checkpoints: Checkpoints
     meter: Meter
+    evaluates: bool
+    """Whether these workers evaluate; else somebody does that with the checkpoints."""
+    evaluations: EvaluationLog | None
+    """Where this worker writes them."""
     resumed_from: int | None
     damaged: tuple[str, ...]
-    progress: Progress
+    step: int
+    """Steps done."""
     loss: float | None = None
 
     def run(self) -> TrainResult:
         """Step after step, until the last one or until somebody wants to stop; everything is saved then."""
-        self.strategy.updated(self.progress.step)
+        self.strategy.updated(self.step)
         stopping = False
-        while self.progress.step < self.num_steps and not stopping:
+        while self.step < self.num_steps and not stopping:
             stopping = self._step()
         self._announce(self.checkpoints.wait())
-        best = self.progress.best_step
-        best_path = None if best is None else checkpoint_directory(self.checkpoints.root, best)
-        return TrainResult(
-            outcome="finished" if self.progress.step >= self.num_steps else "stopped",
-            step=self.progress.step,
+        result = TrainResult(
+            outcome="finished" if self.step >= self.num_steps else "stopped",
+            step=self.step,
             num_steps=self.num_steps,
             resumed_from=self.resumed_from,
             damaged=self.damaged,
             loss=self.loss,
-            checkpoint=checkpoint_directory(self.checkpoints.root, self.progress.step),
-            best_checkpoint=best_path if best_path is not None and best_path.is_dir() else None,
-            metrics=self.progress.metrics,
+            checkpoint=checkpoint_directory(self.checkpoints.root, self.step),
+            best_checkpoint=None,
+            metrics={},
         )
+        return as_evaluated(result, self.spec)
 
     def close(self) -> None:
         """End threads and files."""
@@ -98,10 +92,12 @@ class Attempt:
             self.feed.close()
         self.checkpoints.close()
         self.meter.close()
+        if self.evaluations is not None:
+            self.evaluations.close()
 
     def _step(self) -> bool:
         """One optimizer step and what follows it; returns whether to stop."""
-        step = self.progress.step
+        step = self.step
         self.hooks.heartbeat(step)
         began = time.perf_counter()
         micro_batches = self._take(step)
@@ -114,9 +110,8 @@ class Attempt:
         grad_norm, rate = self._update(totals)
         self.strategy.updated(step + 1)
         computed = time.perf_counter()
-        self.progress = replace(self.progress, step=step + 1, metrics={}, score=None)
-        self._evaluate_if_due()
-        stall_s = self._save_if_due(stopping=stopping)
+        self.step = step + 1
+        stall_s = self._evaluate_and_save(stopping=stopping)
         report = self.meter.report(
             step=step + 1,
             num_steps=self.num_steps,
@@ -160,65 +155,56 @@ class Attempt:
             factor=1.0 / totals.targets,
             clip_norm=self.spec.clip_norm,
             sum_squares=self.strategy.sum_squares,
-            step=self.progress.step,
+            step=self.step,
         )
-        rate = self.state.optimizers.step(
-            learning_rate_factor(self.spec.schedule, self.progress.step, self.num_steps)
-        )
+        rate = self.state.optimizers.step(learning_rate_factor(self.spec.schedule, self.step, self.num_steps))
         for parameter in parameters:
             parameter.grad = None
         if self.state.average is not None:
             self.state.average.update()
         return norm, rate
 
-    def _evaluate_if_due(self) -> None:
-        evaluation, step = self.spec.evaluation, self.progress.step
-        if evaluation is None or not evaluation_due(evaluation, step, self.num_steps):
-            return
-        with self.state.average.in_place() if self.state.average is not None else nullcontext():
-            metrics = dict(self.strategy.evaluate(self.task, self.evaluation_data))
-        if evaluation.metric not in metrics:
-            raise TrainingError(
-                f"evaluate.metric: the evaluation gives no {evaluation.metric}; it gives {', '.join(metrics)}"
-            )
-        score = self.world.sum([float(metrics[evaluation.metric]) if self.world.rank == 0 else 0.0])[0]
-        self.progress = with_score(self.progress, metrics, score, evaluation.mode)
-        self.meter.write_evaluation(step, metrics)
-
-    def _save_if_due(self, *, stopping: bool) -> float:
-        """Returns the seconds for which training was held up."""
-        progress, wanted = self.progress, self.spec.checkpoint
-        best = wanted.keep_best > 0 and progress.best_step == progress.step
-        if not (progress.step % wanted.every_steps == 0 or progress.step == self.num_steps or stopping or best):
+    def _evaluate_and_save(self, *, stopping: bool) -> float:
+        """What is due after this step; returns the seconds that saving held training up."""
+        due = self.spec.evaluation is not None and evaluation_due(self.spec.evaluation, self.step, self.num_steps)
+        evaluation = self._evaluate() if due and self.evaluates else None
+        if not (stopping or save_due(self.spec, self.step, self.num_steps)):
             return 0.0
-        assert stopping or may_save(self.spec, progress.step, self.num_steps)
         began = time.perf_counter()
         self._announce(self.checkpoints.wait())
+        if due and not self.evaluates:
+            self._let_evaluations_catch_up()
         meta = Meta(
-            step=progress.step,
-            metrics=dict(progress.metrics),
-            score=progress.score,
-            best_score=progress.best_score,
-            best_step=progress.best_step,
+            step=self.step,
+            to_evaluate=due,
             defining=defining_fields(self.spec),
             num_workers=self.world.size,
             strategy=self.spec.strategy.kind,
         )
-        self.checkpoints.save(self.state.tensors(), meta)
+        self.checkpoints.save(self.state.tensors(), meta, evaluation)
         return time.perf_counter() - began
+
+    def _evaluate(self) -> Evaluation:
+        assert self.spec.evaluation is not None
+        with self.state.average.in_place() if self.state.average is not None else nullcontext():
+            metrics = self.strategy.evaluate(self.task, self.evaluation_data)
+        evaluation = rated(metrics, self.spec.evaluation.metric)
+        if self.evaluations is not None:
+            self.evaluations.write(self.step, evaluation.metrics)
+        self.hooks.on_evaluation(self.step, evaluation)
+        return evaluation
+
+    def _let_evaluations_catch_up(self) -> None:
+        """Checkpoints that wait for their evaluation stay, so there must not be ever more of them."""
+        while len(awaiting_evaluation(self.checkpoints.root)) >= _MOST_AWAITING:
+            if self.hooks.should_stop() != "no":
+                return
+            self.hooks.waiting()
+            time.sleep(_LOOK_AGAIN_S)
 
     def _announce(self, path: Path | None) -> None:
         if path is not None:
             self.hooks.on_checkpoint(path)
-
-
-def with_score(progress: Progress, metrics: Mapping[str, Any], score: float, mode: str) -> Progress:
-    """The progress after an evaluation; of equal scores the first stays the best."""
-    before = progress.best_score
-    better = before is None or (score > before if mode == "max" else score < before)
-    if not better:
-        return replace(progress, metrics=metrics, score=score)
-    return replace(progress, metrics=metrics, score=score, best_score=score, best_step=progress.step)
 
 
 def mean_loss(totals: Totals, step: int) -> float:

@@ -81,13 +81,15 @@ class Checkpoints:
             )
         return None, ()
 
-    def save(self, tensors: dict[str, torch.Tensor], meta: committed.Meta) -> None:
+    def save(
+        self, tensors: dict[str, torch.Tensor], meta: committed.Meta, evaluation: committed.Evaluation | None = None
+    ) -> None:
         """Copy the tensors and begin to save them; the checkpoint exists when :meth:`wait` returns its path."""
         assert self._saving is None, "the save before has not been waited for"
         expect_lone_process()
         staged = self._stager.stage(tensors)
         assert isinstance(staged, dict)
-        self._saving = self._writer.submit(self._write, staged, meta)
+        self._saving = self._writer.submit(self._write, staged, meta, evaluation)
 
     @property
     def finished(self) -> bool:
@@ -111,14 +113,14 @@ class Checkpoints:
         self._writer.shutdown(wait=True)
         self._stager.close()
 
-    def _write(self, staged: dict[str, Any], meta: committed.Meta) -> Path:
+    def _write(self, staged: dict[str, Any], meta: committed.Meta, evaluation: committed.Evaluation | None) -> Path:
         directory = committed.checkpoint_directory(self.root, meta.step)
         try:
             self._phase(directory, lambda: self._make_room(directory, staged))
             self._save_tensors(directory, staged)
             digests = self._phase(directory, lambda: self._digest(directory))
             files = {name: digest for found in digests for name, digest in found.items()}
-            self._phase(directory, lambda: self._commit(directory, meta, files))
+            self._phase(directory, lambda: self._commit(directory, meta, files, evaluation))
         except CheckpointError:
             if self._world.rank == 0 and not (directory / committed.COMMITTED).exists():
                 shutil.rmtree(directory, ignore_errors=True)
@@ -159,9 +161,15 @@ class Checkpoints:
         names = [path.name for path in directory.glob(f"__{rank}_*.distcp")]
         return committed.digest_files(directory, [*names, ".metadata"] if rank == 0 else names)
 
-    def _commit(self, directory: Path, meta: committed.Meta, files: dict[str, committed.FileDigest]) -> None:
+    def _commit(
+        self,
+        directory: Path,
+        meta: committed.Meta,
+        files: dict[str, committed.FileDigest],
+        evaluation: committed.Evaluation | None,
+    ) -> None:
         if self._world.rank == 0:
-            committed.commit(directory, meta, files)
+            committed.commit(directory, meta, files, evaluation)
             spec = self._spec
             committed.retain(self.root, keep_last=spec.keep_last, keep_best=spec.keep_best, mode=self._mode)
 

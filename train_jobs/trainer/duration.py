@@ -47,14 +47,13 @@ def evaluation_due(evaluation: EvaluationSpec, step: int, num_steps: int) -> boo
     return step == num_steps or (evaluation.every_steps is not None and step % evaluation.every_steps == 0)
 
 
-def may_save(spec: TrainSpec, step: int, num_steps: int) -> bool:
-    """Whether a checkpoint may follow ``step`` steps of a run that nobody stops: it is due, or may be of the best."""
+def save_due(spec: TrainSpec, step: int, num_steps: int) -> bool:
+    """Whether a checkpoint follows ``step`` steps of a run that nobody stops: it is due, or an evaluation is."""
     if step == num_steps or step % spec.checkpoint.every_steps == 0:
         return True
-    evaluation = spec.evaluation if spec.checkpoint.keep_best else None
-    return evaluation is not None and evaluation_due(evaluation, step, num_steps)
+    return spec.evaluation is not None and evaluation_due(spec.evaluation, step, num_steps)
 
 
 def next_save(spec: TrainSpec, step: int, num_steps: int) -> int:
-    """The first number of steps above ``step`` after which a checkpoint may follow."""
-    return next(later for later in range(step + 1, num_steps + 1) if may_save(spec, later, num_steps))
+    """The first number of steps above ``step`` after which a checkpoint follows."""
+    return next(later for later in range(step + 1, num_steps + 1) if save_due(spec, later, num_steps))

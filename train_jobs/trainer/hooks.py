@@ -1,11 +1,13 @@
 """What passes between the trainer and its surroundings: hooks it calls, and the result it returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cluster.runs.log import StepReport
+from train_jobs.trainer.committed import Evaluation, best_steps, checkpoint_directory, read_evaluation
+from train_jobs.trainer.spec import TrainSpec
 
 StopRequest = Literal["no", "checkpoint_and_stop"]
 
@@ -19,6 +21,9 @@ class Hooks(Protocol):
     def on_step(self, report: StepReport) -> None:
         """A step is done."""
 
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """The workers have measured the model after ``step`` steps."""
+
     def on_checkpoint(self, path: Path) -> None:
         """A checkpoint is committed; all workers that save are told after the same step."""
 
@@ -29,13 +34,16 @@ class Hooks(Protocol):
         """0-based step ``step`` begins."""
 
     def waiting(self) -> None:
-        """Nothing is to do until another worker gives out the next step."""
+        """Nothing is to do until another worker gives out the next step, or evaluations have caught up."""
 
 
 class NoHooks:
     """Nobody listens, and nobody stops the run."""
 
     def on_step(self, report: StepReport) -> None:
+        """Nothing happens."""
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Nothing happens."""
 
     def on_checkpoint(self, path: Path) -> None:
@@ -69,6 +77,18 @@ class TrainResult:
     checkpoint: Path
     """After ``step`` steps."""
     best_checkpoint: Path | None
-    """The one with the best metric of all, if it is kept."""
+    """The one with the best metric so far, where the best are kept."""
     metrics: Mapping[str, Any]
     """Of the evaluation after ``step`` steps; empty where there was none."""
+
+
+def as_evaluated(result: TrainResult, spec: TrainSpec) -> TrainResult:
+    """The result with what its checkpoints say about their evaluations by now."""
+    evaluation = read_evaluation(result.checkpoint)
+    root, mode = result.checkpoint.parent, "min" if spec.evaluation is None else spec.evaluation.mode
+    best = best_steps(root, mode) if spec.checkpoint.keep_best else []
+    return replace(
+        result,
+        metrics={} if evaluation is None else evaluation.metrics,
+        best_checkpoint=checkpoint_directory(root, best[0]) if best else None,
+    )

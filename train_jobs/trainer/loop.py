@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cluster.errors import PlanError
-from train_jobs.trainer.attempt import Attempt, Progress
+from train_jobs.trainer.attempt import Attempt
 from train_jobs.trainer.averaging import WeightAverage
 from train_jobs.trainer.batches import Feed, Readable, Share
 from train_jobs.trainer.checkpoint import Checkpoints
@@ -22,7 +22,7 @@ from train_jobs.trainer.committed import CHECKPOINTS, Meta, checkpoint_directory
 from train_jobs.trainer.duration import total_steps
 from train_jobs.trainer.errors import CheckpointError
 from train_jobs.trainer.hooks import Hooks, TrainResult
-from train_jobs.trainer.meters import Meter, peak_flops
+from train_jobs.trainer.meters import EvaluationLog, Meter, peak_flops
 from train_jobs.trainer.optimizers import Optimizers
 from train_jobs.trainer.schedules import check_schedule
 from train_jobs.trainer.spec import ParameterServer, TrainSpec, defining_fields
@@ -51,8 +51,12 @@ class Trainer:
         run_dir: Path,
         world: World,
         hooks: Hooks,
+        evaluates: bool = True,
     ) -> None:
-        """``shards`` are the training data, or several sides of one length (chosen, rejected)."""
+        """``shards`` are the training data, or several sides of one length (chosen, rejected).
+
+        Without ``evaluates``, checkpoints say that they are to be evaluated, and somebody else does that.
+        """
         self._spec = spec
         self._task = task
         self._sides: Mapping[str, Readable] = shards if isinstance(shards, Mapping) else {"": shards}
@@ -60,6 +64,7 @@ class Trainer:
         self._run_dir = run_dir
         self._world = world
         self._hooks = hooks
+        self._evaluates = evaluates
 
     @property
     def num_steps(self) -> int:
@@ -145,10 +150,16 @@ class Trainer:
                 peak_flops=peak_flops(world.device, dtype) * whole.size,
                 device=world.device,
             ),
+            evaluates=self._evaluates,
+            evaluations=self._evaluation_log(world, step),
             resumed_from=None if meta is None else step,
             damaged=damaged,
-            progress=_progress(meta),
+            step=step,
         )
+
+    def _evaluation_log(self, world: World, first_step: int) -> EvaluationLog | None:
+        writes = self._evaluates and self._spec.evaluation is not None and world.rank == 0
+        return EvaluationLog(self._run_dir, first_step=first_step) if writes else None
 
 
 def _state(spec: TrainSpec, made: Spread) -> TrainState:
@@ -158,18 +169,6 @@ def _state(spec: TrainSpec, made: Spread) -> TrainState:
         buffers=made.strategy.buffers,
         optimizers=Optimizers(spec.optimizer, parameters, layer_matrices=made.layer_matrices),
         average=None if spec.ema is None else WeightAverage(parameters, spec.ema),
-    )
-
-
-def _progress(meta: Meta | None) -> Progress:
-    if meta is None:
-        return Progress(metrics={})
-    return Progress(
-        step=meta.step,
-        metrics=meta.metrics,
-        score=meta.score,
-        best_score=meta.best_score,
-        best_step=meta.best_step,
     )
 
 

@@ -1,4 +1,4 @@
-"""The numbers a person watches: what a step took and gave in, a line of ``log.jsonl`` and points of curves out."""
+"""The numbers a person watches: what a step took and gave in, lines of logs and points of curves out."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ import psutil
 import torch
 from tensorboardX import SummaryWriter
 
-from cluster.runs.files import LOG
+from cluster.runs.files import EVALUATIONS, LOG
 from cluster.runs.log import EvaluationReport, StepReport, encode_line
 
 
@@ -88,19 +88,38 @@ class Meter:
             return torch.cuda.max_memory_allocated(self._device)
         return int(self._process.memory_info().rss)
 
-    def write_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Metrics of an evaluation after ``step`` steps, beside the lines of the steps."""
-        if self._log is None:
-            return
-        self._log.write(encode_line(EvaluationReport(step=step, evaluation=dict(metrics), time=_now())))
-        for name, value in metrics.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"evaluate/{name}", value, step)
-
     def close(self) -> None:
         """Write out what is buffered."""
         if self._log is not None:
             self._log.close()
+            self._board.close()
+
+
+class EvaluationLog:
+    """Writes the evaluations of a run; a file of its own, since steps and evaluations may come from two machines."""
+
+    def __init__(self, run_dir: Path, *, first_step: int) -> None:
+        """An earlier attempt's lines after ``first_step`` are dropped."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = _continue_log(run_dir / EVALUATIONS, first_step)
+        self._curves = run_dir / "tensorboard" / "evaluate"
+        self._purge_step = first_step + 1
+        self._board: SummaryWriter | None = None
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Metrics after ``step`` steps."""
+        with self._path.open("a") as log:
+            log.write(encode_line(EvaluationReport(step=step, evaluation=dict(metrics), time=_now())))
+        if self._board is None:
+            self._board = SummaryWriter(str(self._curves), purge_step=self._purge_step)
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"evaluate/{name}", value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        """End the thread that writes the curves."""
+        if self._board is not None:
             self._board.close()
 
 

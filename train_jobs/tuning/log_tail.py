@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cluster.runs.files import LOG
+from cluster.runs.files import EVALUATIONS
 from cluster.runs.log import EvaluationReport, decode_evaluation
 
 
@@ -11,7 +11,7 @@ class LogTail:
     """Reads what was appended. A resumed run drops the lines after its checkpoint; its steps do not come twice."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / LOG
+        self._path = run_dir / EVALUATIONS
         self._offset = 0
         self._identity: Any = None
         self._step = 0

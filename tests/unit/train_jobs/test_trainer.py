@@ -107,7 +107,9 @@ def test_learns_and_leaves_a_directory(tmp_path: Path) -> None:
     assert committed.committed_steps(tmp_path / "checkpoints") == [15, 20]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
-    assert [line["evaluation"] for line in lines if "evaluation" in line][-1] == result.metrics
+    evaluations = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evaluations] == [10, 20]
+    assert evaluations[-1]["evaluation"] == result.metrics
     assert list((tmp_path / "tensorboard").iterdir())
     report = recorder.reports[-1]
     assert 0 < report.padding_ratio < 0.5

@@ -187,18 +187,18 @@ def test_a_trial_is_worth_what_its_run_would_publish() -> None:
 
 
 def test_evaluations_come_once_and_whole(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
+    log = tmp_path / "evaluations.jsonl"
     tail = LogTail(tmp_path)
     assert tail.new() == []
-    log.write_text('{"step": 1}\n' + evaluation_line(10) + evaluation_line(20)[:15])
+    log.write_text(evaluation_line(10) + evaluation_line(20)[:15])
     assert [line.step for line in tail.new()] == [10]
-    log.write_text('{"step": 1}\n' + evaluation_line(10) + evaluation_line(20))
+    log.write_text(evaluation_line(10) + evaluation_line(20))
     assert [(line.step, line.evaluation) for line in tail.new()] == [(20, {"accuracy": 0.2})]
     assert tail.new() == []
 
 
 def test_a_run_that_went_back_to_a_checkpoint_does_not_repeat_its_evaluations(tmp_path: Path) -> None:
-    log, newer = tmp_path / "log.jsonl", tmp_path / "newer"
+    log, newer = tmp_path / "evaluations.jsonl", tmp_path / "newer"
     log.write_text(evaluation_line(10) + evaluation_line(20))
     tail = LogTail(tmp_path)
     assert [line.step for line in tail.new()] == [10, 20]

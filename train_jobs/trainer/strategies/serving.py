@@ -1,6 +1,6 @@
 """parameter_server, first worker: gradients of the others in, one update each; weights out to those that are free.
 
-A checkpoint holds the updates of the first so many batches, each once: where one may follow, nothing beyond it is
+A checkpoint holds the updates of the first so many batches, each once: where one follows, nothing beyond it is
 handed out until all before it is applied. So a run goes on from it under any strategy, as from any other.
 """
 
