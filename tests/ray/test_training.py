@@ -1,5 +1,6 @@
 """Runs on a Ray of several nodes: whatever happens to workers, drivers and nodes, the result is the same."""
 
+import json
 import os
 import re
 import signal
@@ -21,15 +22,23 @@ import torch
 from cluster.errors import PlanError
 from cluster.registry.manifest import Lineage
 from cluster.registry.store import Registry
+from cluster.runs.files import EVALUATIONS
+from cluster.runs.log import read_log
 from cluster.runs.state import RunState, read_state
 from tests.support.raylets import Raylets
 from tests.support.tiny_run import seen, tiny_run
+from tests.support.tiny_task import EVALUATION
+from train_jobs.evaluation.errors import EvaluationError
 from train_jobs.launch import Outcome, launch
 from train_jobs.publish import PublishPlan, publish_run
 from train_jobs.run_spec import RunSpec
+from train_jobs.supervision.worker import train_here
 from train_jobs.trainer import committed
 from train_jobs.trainer.errors import TrainingError
+from train_jobs.trainer.hooks import NoHooks
+from train_jobs.trainer.spec import ParameterServer, Single
 from train_jobs.trainer.state import trained_weights
+from train_jobs.trainer.world import World
 
 pytestmark = pytest.mark.ray
 
@@ -56,11 +65,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(raylets: Raylets, folder: Path) -> Outcome:
-    return run(tiny_run(folder, "undisturbed"))
+    return run(evaluated(tiny_run(folder, "undisturbed")))
 
 
 def run(spec: RunSpec) -> Outcome:
     return launch(spec, lambda state: None)
+
+
+def evaluated(spec: RunSpec) -> RunSpec:
+    """Along the way, every five steps."""
+    return replace(spec, train=replace(spec.train, evaluation=EVALUATION))
+
+
+def evaluations(spec: RunSpec) -> list[tuple[int, dict[str, Any]]]:
+    return [(line.step, line.evaluation) for line in read_log(spec.run_dir / EVALUATIONS)[1]]
 
 
 def weights(outcome: Outcome) -> dict[str, torch.Tensor]:
@@ -83,6 +101,7 @@ def wait_until(spec: RunSpec, holds: Callable[[RunState], bool]) -> RunState:
 
 def test_lost_and_stuck_workers_leave_no_trace_in_the_result(undisturbed: Outcome, folder: Path) -> None:
     spec = tiny_run(folder, "disturbed", kill_saving=True, kill_at=12, hang_at=17, step_timeout_s=4.0)
+    spec = evaluated(spec)
     outcome = run(spec)
     assert same_bits(weights(outcome), weights(undisturbed))
     state = outcome.state
@@ -98,6 +117,37 @@ def test_lost_and_stuck_workers_leave_no_trace_in_the_result(undisturbed: Outcom
     notes = folder / "notes" / "disturbed"
     killed, stepped = (float((notes / f"{name}-time").read_text()) for name in ("killed", "stepped-again"))
     print(f"\nfrom the kill of a worker to its successor's first step: {stepped - killed:.1f} s")
+
+
+def test_evaluations_run_beside_the_training(undisturbed: Outcome, folder: Path) -> None:
+    """Those of the disturbed run are those of the undisturbed one, and no worker of either has computed any."""
+    calm, disturbed = tiny_run(folder, "undisturbed"), tiny_run(folder, "disturbed")
+    found = evaluations(calm)
+    assert [step for step, _ in found] == [5, 10, 15, 20]
+    assert evaluations(disturbed) == found
+    assert undisturbed.result.metrics == found[-1][1]
+    assert undisturbed.state.score is not None
+    assert (undisturbed.state.score.step, undisturbed.state.score.score) == (20, found[-1][1]["loss"])
+    for spec in (calm, disturbed):
+        notes = (folder / "notes" / spec.run_id / "evaluated.jsonl").read_text().splitlines()
+        assert [json.loads(note)["rank"] for note in notes] == [None] * 4
+        assert committed.committed_steps(spec.checkpoints) == [15, 20]
+
+
+def test_an_evaluation_that_fails_ends_the_run_which_can_go_on(raylets: Raylets, folder: Path) -> None:
+    spec = evaluated(tiny_run(folder, "unmeasured", workers=(1, 1), refuse_evaluating=True))
+    with pytest.raises(EvaluationError, match="the test wants no numbers"):
+        run(spec)
+    state = read_state(spec.run_dir)
+    assert (state.status, state.error) == ("failed", "evaluation: the test wants no numbers")
+    # training does not get far ahead, and what it did is saved
+    assert state.step < 20
+    assert committed.awaiting_evaluation(spec.checkpoints) == [5, 10, 15]
+    assert committed.newest_step(spec.checkpoints) == state.step
+    outcome = run(replace(spec, arguments=replace(spec.arguments, refuse_evaluating=False)))
+    assert outcome.state.attempts[1].resumed_from == state.step
+    assert [step for step, _ in evaluations(spec)] == [5, 10, 15, 20]
+    assert outcome.result.metrics == evaluations(spec)[-1][1]
 
 
 def test_a_finished_run_is_evaluated_and_published(undisturbed: Outcome, folder: Path) -> None:
@@ -250,3 +300,23 @@ def test_workers_come_and_go_and_serving_keeps_its_cores(raylets: Raylets, folde
     # each was saved before it ended: no step was done twice
     assert seen(folder, "elastic") == seen(folder, "fixed")
     assert launched.outcome.result.loss == pytest.approx(expected.result.loss, rel=1e-5)
+
+
+def test_a_parameter_server_loses_a_worker_and_gets_another(raylets: Raylets, folder: Path) -> None:
+    steps = 60
+    alone = tiny_run(folder, "alone", workers=(1, 1), steps=steps)
+    expected = train_here(replace(alone, train=replace(alone.train, strategy=Single())), World.current(), NoHooks())
+    spec = tiny_run(folder, "served", workers=(2, 3), steps=steps, step_s=0.1, kill_at=7)
+    spec = replace(spec, train=replace(spec.train, strategy=ParameterServer(max_staleness=0)))
+    launched = Launched(spec)
+    wait_until(spec, lambda state: len(state.attempts) == 2 and state.step > (state.attempts[1].resumed_from or 0))
+    raylets.add_node(1, train_slot=1)
+    wait_until(spec, lambda state: len(state.attempts) == 3 and state.step > (state.attempts[2].resumed_from or 0))
+    (folder / "notes" / "served" / "hurry").touch()
+    launched.join(_PATIENCE_S)
+    assert launched.outcome is not None
+    attempts = launched.outcome.state.attempts
+    assert [(one.num_workers, one.end) for one in attempts] == [(2, "failed"), (2, "resized"), (3, "finished")]
+    assert attempts[1].resumed_from == 5
+    assert seen(folder, "served") == seen(folder, "alone")
+    assert same_bits(weights(launched.outcome), trained_weights(expected.checkpoint, averaged=False))

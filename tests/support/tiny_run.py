@@ -14,6 +14,7 @@ from torch import nn
 
 from cluster.control.code import code_digest
 from tests.support.tiny_task import TinyShards, TinyTask, tiny_spec
+from train_jobs.evaluation.errors import EvaluationError
 from train_jobs.run_spec import RunSpec, WorkerNeeds
 from train_jobs.trainer.errors import TrainingError
 from train_jobs.trainer.materials import Materials
@@ -34,6 +35,7 @@ class Mishaps:
     """When the first checkpoint's tensors are written, before it is committed."""
     hang_at: int | None = None
     refuse_at: int | None = None
+    refuse_evaluating: bool = False
     export_fails: bool = False
 
     def once(self, name: str) -> bool:
@@ -73,6 +75,15 @@ class MishapTask(TinyTask):
         with (mishaps.folder / "seen.jsonl").open("a") as file:
             file.write(json.dumps([step, os.environ.get("WORLD_SIZE", "1"), *micro_batch.sequence_ids]) + "\n")
         return super().loss(model, micro_batch)
+
+    def evaluate(self, model: nn.Module, data: TinyShards) -> Mapping[str, Any]:
+        """Of the tiny task; notes which worker it was, if any."""
+        note = {"rank": os.environ.get("RANK"), "priority": os.getpriority(os.PRIO_PROCESS, 0)}
+        with (self.mishaps.folder / "evaluated.jsonl").open("a") as file:
+            file.write(json.dumps(note) + "\n")
+        if self.mishaps.refuse_evaluating:
+            raise EvaluationError("evaluation: the test wants no numbers")
+        return super().evaluate(model, data)
 
     def export(self, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
         """With a config, as transformers would, unless it goes wrong half-way."""
