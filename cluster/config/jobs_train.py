@@ -162,7 +162,8 @@ class CheckpointSection(StrictModel):
     """When the state of the run is saved, and how much of it is kept."""
 
     every_steps: Steps = 100
-    """Steps between two checkpoints, and so the most that a crash costs; one more follows the last step."""
+    """Steps between two checkpoints, and so the most that a crash costs; more follow where the model is evaluated, and
+    the last step."""
     keep_last: Annotated[int, Field(ge=1, le=10_000)] = 2
     """Newest checkpoints that are kept."""
     keep_best: Annotated[int, Field(ge=0, le=10_000)] | None = None
@@ -171,7 +172,9 @@ class CheckpointSection(StrictModel):
 
 
 class EvaluationSection(StrictModel):
-    """When the model is measured on the held-out data; always after the last step."""
+    """When the model is measured on the held-out data; always after the last step. A process of its own does it with a
+    checkpoint, at a low priority, while training goes on; workers that compute on GPUs do it themselves.
+    """
 
     every_steps: Steps | None = None
     """Steps between two evaluations; without it, after the last step only."""
@@ -213,7 +216,7 @@ class JobTimeouts(StrictModel):
     """Longest time from the start of the workers to the first step."""
     step: PositiveSeconds = 300.0
     """A worker that has not begun another step after this long counts as stuck: its stack is written to the log, and
-    the run goes on from its last checkpoint."""
+    the run goes on from its last checkpoint. An evaluation beside the training may take ten times as long."""
 
 
 class TrainJob(StrictModel):

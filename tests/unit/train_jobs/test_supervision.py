@@ -14,12 +14,14 @@ from cluster.errors import PlanError
 from cluster.runs.state import read_state
 from tests.support.run_directories import step_report
 from tests.support.tiny_run import tiny_run
+from tests.support.tiny_task import EVALUATION
+from train_jobs.kinds.train import ProgressLines
 from train_jobs.run_spec import allowed_sizes
 from train_jobs.supervision.messages import Beat, Place
 from train_jobs.supervision.monitor import Monitor
 from train_jobs.supervision.resizing import Resizing
 from train_jobs.supervision.restarts import Restarts
-from train_jobs.supervision.room import count_places, describe_shortage, free_again, largest
+from train_jobs.supervision.room import count_places, describe_shortage, free_again, largest, quietest
 from train_jobs.supervision.stacks import dump_and_end
 from train_jobs.supervision.watchdog import Watch
 from train_jobs.trainer.materials import gather
@@ -196,6 +198,32 @@ def test_monitor_names_stuck_workers(tmp_path: Path) -> None:
     clock.now += 5.1
     monitor.beat(Beat(attempt=1, rank=0, stage="stepping", step=3))
     assert [one.step for one in monitor.look().stuck] == [3]
+
+
+def test_monitor_knows_when_checkpoints_were_looked_for_and_what_was_measured(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    spec = replace(tiny_run(tmp_path, "measured"), run_dir=run_dir)
+    run_dir.mkdir()
+    monitor = Monitor(replace(spec, train=replace(spec.train, evaluation=EVALUATION)), None, Clock())
+    assert not monitor.look().begun
+    monitor.begin_attempt(2)
+    monitor.beat(Beat(attempt=1, rank=1, stage="waiting", step=0))
+    assert not monitor.look().begun
+    monitor.beat(Beat(attempt=1, rank=0, stage="stepping", step=0))
+    assert monitor.look().begun
+    said: list[str] = []
+    lines = ProgressLines(said.append)
+    for step, score in ((5, 2.5), (10, None)):
+        monitor.evaluated(step, score)
+        lines.tell(read_state(run_dir))
+        lines.tell(read_state(run_dir))
+    assert said[1:] == ["evaluated after step 5: loss 2.5", "evaluated after step 10: loss not a number"]
+
+
+def test_the_quietest_node_has_the_most_cores_free() -> None:
+    assert quietest({"a": {"CPU": 0.5}, "b": {"CPU": 1.0, "train_slot": 1.0}, "c": {}}) == "b"
+    assert quietest({"a": {}, "b": {}}) == "a"
+    assert quietest({}) is None
 
 
 def test_materials_that_cannot_be_imported(tmp_path: Path) -> None:
