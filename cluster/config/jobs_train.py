@@ -162,8 +162,8 @@ class CheckpointSection(StrictModel):
     """When the state of the run is saved, and how much of it is kept."""
 
     every_steps: Steps = 100
-    """Steps between two checkpoints, and so the most that a crash costs; more follow where the model is evaluated, and
-    the last step."""
+    """Steps between two checkpoints, and so the most that a crash costs; one more follows the last step, and each step
+    after which the model is evaluated."""
     keep_last: Annotated[int, Field(ge=1, le=10_000)] = 2
     """Newest checkpoints that are kept."""
     keep_best: Annotated[int, Field(ge=0, le=10_000)] | None = None
@@ -172,8 +172,10 @@ class CheckpointSection(StrictModel):
 
 
 class EvaluationSection(StrictModel):
-    """When the model is measured on the held-out data; always after the last step. A process of its own does it with a
-    checkpoint, at a low priority, while training goes on; workers that compute on GPUs do it themselves.
+    """When the model is measured on the held-out data; always after the last step.
+
+    A process of its own does it with a checkpoint, at a low priority, while training goes on; workers that compute on
+    GPUs do it themselves.
     """
 
     every_steps: Steps | None = None
