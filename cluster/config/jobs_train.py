@@ -162,7 +162,7 @@ class CheckpointSection(StrictModel):
     """When the state of the run is saved, and how much of it is kept."""
 
     every_steps: Steps = 100
-    """Steps between two checkpoints, and so the most that a crash costs; one more follows the last step, and each step
+    """Steps between two checkpoints, and so the most that a crash costs; one more follows the last step and each step
     after which the model is evaluated."""
     keep_last: Annotated[int, Field(ge=1, le=10_000)] = 2
     """Newest checkpoints that are kept."""
