@@ -21,6 +21,10 @@ from train_jobs.trainer.loop import Trainer
 from train_jobs.trainer.spec import TrainSpec
 from train_jobs.trainer.world import World
 
+_PRELOADED = [__name__, "tests.support.tiny_tasks"]
+"""What cases are made of: seconds of imports, once for all workers, since the server is started once and never
+computes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -80,7 +84,7 @@ def run_cases(num_workers: int, folder: Path, cases: list[Case]) -> list[list[Se
     """Each case in turn on the same workers; returns by worker, by case. A killed worker has seen nothing."""
     folder.mkdir(parents=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *_modules(cases)])  # seconds of imports; nothing computes in the server
+    context.set_forkserver_preload(_PRELOADED)
     workers = [context.Process(target=_work, args=(rank, num_workers, folder, cases)) for rank in range(num_workers)]
     for worker in workers:
         worker.start()
@@ -123,8 +127,3 @@ def _attempt(case: Case, rank: int, num_workers: int) -> Seen:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     seen.sequence_ids = tiny[0].seen
     return seen
-
-
-def _modules(cases: list[Case]) -> set[str]:
-    """Where the cases' setups are defined."""
-    return {getattr(case.setup, "func", case.setup).__module__ for case in cases if case.setup is not None}

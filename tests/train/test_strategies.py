@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.tiny_task import tiny_spec
 from tests.support.train_workers import Case, run_cases
-from train_jobs.trainer.spec import Ddp, DurationSpec, Fsdp, Hsdp, Pipeline, Single, StrategySpec
+from train_jobs.trainer.spec import CheckpointSpec, Ddp, DurationSpec, Fsdp, Hsdp, Pipeline, Single, StrategySpec
 
 STRATEGIES: dict[str, StrategySpec] = {
     "ddp": Ddp(),
@@ -22,9 +22,12 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """50 steps each, by strategy; all strategies at two workers run in one pair of processes."""
     folder = tmp_path_factory.mktemp("strategies")
     duration = DurationSpec(kind="steps", amount=50)
+    at_the_end = CheckpointSpec(every_steps=1000, keep_last=1, keep_best=0)
 
     def case(name: str, strategy: StrategySpec) -> Case:
-        return Case(spec=tiny_spec(strategy=strategy, duration=duration), run_dir=folder / name)
+        return Case(
+            spec=tiny_spec(strategy=strategy, duration=duration, checkpoint=at_the_end), run_dir=folder / name
+        )
 
     [[alone]] = run_cases(1, folder / "one", [case("single", Single())])
     together = run_cases(2, folder / "two", [case(name, strategy) for name, strategy in STRATEGIES.items()])
