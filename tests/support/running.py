@@ -67,6 +67,19 @@ def save_tiny_encoder(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def chat_model(path: str, **changes: Any) -> dict[str, Any]:
+    """The YAML entry of the tiny chat model."""
+    return {
+        "name": "tiny",
+        "source": f"path://{path}",
+        "task": "generate",
+        "dtype": "float32",
+        "context_tokens": 256,
+        "pipeline": {"stages": 2, "split": [3, 1], "threads": 1},
+        "replicas": {"min": 1, "max": 1},
+    } | changes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """One config of one running cluster, driven by the command line."""

@@ -23,7 +23,9 @@ def drilled(cluster: Cluster) -> dict[str, dict[str, Any]]:
     options = ("--requests", str(NUM_REQUESTS), "--streams", "16", "--yes", "--json")
     done = cluster.manta("drill", str(cluster.config), *SCENARIOS, *options, timeout_s=400)
     assert done.stdout, done.stderr
-    return {result["scenario"]: result for result in json.loads(done.stdout)["scenarios"]}
+    results = {result["scenario"]: result for result in json.loads(done.stdout)["scenarios"]}
+    assert results, done.stderr
+    return results
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

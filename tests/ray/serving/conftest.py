@@ -1,29 +1,22 @@
-"""One local cluster for the whole tier: a tiny chat model over two stages, an embedding model, a classifier."""
+"""One local cluster for these files: a tiny chat model over two stages, an embedding model, a classifier."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.running import Cluster, save_tiny_chat, save_tiny_encoder, save_tiny_sorter, write_cluster
+from tests.support.running import (
+    Cluster,
+    chat_model,
+    save_tiny_chat,
+    save_tiny_encoder,
+    save_tiny_sorter,
+    write_cluster,
+)
 
 LABELS = ("ham", "spam")
-STAGES = {"replica_cpus": 0.05, "stage_cpus": 0.1}
 
 
-def chat_model(path: str, **changes) -> dict:
-    """The YAML entry of the tiny chat model."""
-    return {
-        "name": "tiny",
-        "source": f"path://{path}",
-        "task": "generate",
-        "dtype": "float32",
-        "context_tokens": 256,
-        "pipeline": {"stages": 2, "split": [3, 1], "threads": 1},
-        "replicas": {"min": 1, "max": 1},
-    } | changes
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Started by ``manta up``, ended by ``manta down``; nothing may be left."""
     directory = tmp_path_factory.mktemp("cluster")

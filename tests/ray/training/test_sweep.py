@@ -1,6 +1,5 @@
 """A sweep on a real Ray: the best trial finishes, a bad one ends early, one that fails does not stop the others."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 from cluster.runs.files import STATE
 from cluster.runs.state import read_state
 from cluster.runs.sweep import Sweep, read_sweep
-from tests.support.raylets import Raylets
 from tests.support.tiny_sweep import STEPS, make_run
 from train_jobs.job import SpaceSpec, StopSpec, TuneSpec
 from train_jobs.trainer import committed
@@ -32,36 +30,25 @@ SPEC = TuneSpec(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A storage, while there is a Ray of one node that takes one worker."""
-    raylets = Raylets()
-    try:
-        raylets.start_head(2, train_slot=1)
-        raylets.connect()
-        yield tmp_path_factory.mktemp("storage")
-    finally:
-        raylets.stop()
-
-
-def test_a_sweep_keeps_its_best_trial_and_goes_on_where_it_was(folder: Path) -> None:
+@pytest.mark.usefixtures("raylets")
+def test_a_sweep_keeps_its_best_trial_and_goes_on_where_it_was(tmp_path: Path) -> None:
     seen: list[Sweep] = []
-    table = run_sweep(SPEC, partial(make_run, folder), folder / "sweep", seen.append)
+    table = run_sweep(SPEC, partial(make_run, tmp_path), tmp_path / "sweep", seen.append)
     assert table.close().values == {"optimizer.lr": 0.05}
     good, slow, failing = table.sweep.trials
     assert (good.status, good.step) == ("finished", STEPS)
     assert (slow.status, slow.step) == ("ended early", 5)
     assert failing.status == "failed"
     assert failing.error == "step 2: the test wants no more"
-    assert read_sweep(folder / "sweep") == table.sweep == seen[-1]
-    stopped = folder / "runs" / "tiny" / str(slow.run_id)
+    assert read_sweep(tmp_path / "sweep") == table.sweep == seen[-1]
+    stopped = tmp_path / "runs" / "tiny" / str(slow.run_id)
     assert read_state(stopped).status == "stopped"
     step = committed.newest_step(stopped / "checkpoints")
     assert step is not None
     assert 5 <= step < STEPS
 
-    before = (folder / "runs" / "tiny" / str(good.run_id) / STATE).stat().st_mtime_ns
-    again = run_sweep(SPEC, partial(make_run, folder), folder / "sweep", seen.append)
+    before = (tmp_path / "runs" / "tiny" / str(good.run_id) / STATE).stat().st_mtime_ns
+    again = run_sweep(SPEC, partial(make_run, tmp_path), tmp_path / "sweep", seen.append)
     assert again.close().score == good.score
     assert [trial.status for trial in again.sweep.trials] == ["finished", "ended early", "failed"]
-    assert (folder / "runs" / "tiny" / str(good.run_id) / STATE).stat().st_mtime_ns == before
+    assert (tmp_path / "runs" / "tiny" / str(good.run_id) / STATE).stat().st_mtime_ns == before

@@ -12,7 +12,7 @@ import requests
 from transformers import AutoModelForCausalLM
 
 from cluster.control.drill.asks import Ask
-from tests.ray.conftest import LABELS
+from tests.ray.serving.conftest import LABELS
 from tests.support.drilling import traffic
 from tests.support.running import Cluster
 from tests.support.tiny_models import greedy

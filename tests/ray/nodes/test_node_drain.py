@@ -7,9 +7,8 @@ import pytest
 
 from cluster.control.dashboard import Dashboard
 from cluster.control.observe import stage_actors
-from tests.ray.conftest import chat_model
 from tests.support.raylets import Raylets
-from tests.support.running import Cluster, save_tiny_chat, write_cluster
+from tests.support.running import Cluster, chat_model, save_tiny_chat, write_cluster
 from tests.support.steady import Traffic, wait_until
 
 pytestmark = pytest.mark.timeout(600)

@@ -1,6 +1,5 @@
 """Preparation on Ray Data gives the bytes of preparation in one process, whatever the number of workers."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from cluster.errors import DataError
 from cluster.runs.files import prepared_directory
 from tests.support.corpora import input_of, job, save_tokenizer
-from tests.support.raylets import Raylets
 from train_jobs.data import chunking
 from train_jobs.data.executors import InlineExecutor
 from train_jobs.data.prepare import prepare
@@ -16,17 +14,6 @@ from train_jobs.data.ray_executor import RayDataExecutor
 from train_jobs.data.spec import PrepareSpec, SplitSpec
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    raylets = Raylets()
-    try:
-        raylets.start_head(2)
-        raylets.connect()
-        yield
-    finally:
-        raylets.stop()
 
 
 def corpus(folder: Path, *, bad_line: int | None = None) -> PrepareSpec:
@@ -47,7 +34,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("raylets")
 def test_ray_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunking, "CHUNK_BYTES", 4000)
     spec = corpus(tmp_path / "corpus")
@@ -60,7 +47,7 @@ def test_ray_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert contents(prepared_directory(Path(storage), spec.name, manifest.digest)) == expected
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("raylets")
 def test_a_malformed_row_is_the_same_error(tmp_path: Path) -> None:
     spec = corpus(tmp_path / "corpus", bad_line=333)
     with pytest.raises(DataError, match=r"b\.txt:333: byte 0 \(0xFF\) is not utf-8"):

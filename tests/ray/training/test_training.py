@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,6 @@ from train_jobs.trainer.world import World
 pytestmark = pytest.mark.ray
 
 _PATIENCE_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def raylets() -> Iterator[Raylets]:
-    """Nodes ``a``, the head, and ``b`` take a worker each."""
-    raylets = Raylets()
-    try:
-        raylets.start_head(1, train_slot=1, a=1)
-        raylets.add_node(1, train_slot=1, b=1)
-        raylets.connect()
-        yield raylets
-    finally:
-        raylets.stop()
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +248,7 @@ def wait_for_metrics(*patterns: str) -> None:
 
 def test_workers_come_and_go_and_serving_keeps_its_cores(raylets: Raylets, folder: Path) -> None:
     steps = 160
-    expected = run(tiny_run(folder, "fixed", steps=steps))
+    expected = train_here(tiny_run(folder, "fixed", steps=steps), World.current(), NoHooks())
     first, second = hold("a", 1.0), hold("b", 1.0)
     idle = start_driver(raylets, tiny_run(folder, "idle"), folder)
     wait_until(tiny_run(folder, "idle"), lambda state: state.waiting is not None)
@@ -299,7 +286,7 @@ def test_workers_come_and_go_and_serving_keeps_its_cores(raylets: Raylets, folde
     assert [one.end for one in attempts] == ["resized"] * 3 + ["finished"]
     # each was saved before it ended: no step was done twice
     assert seen(folder, "elastic") == seen(folder, "fixed")
-    assert launched.outcome.result.loss == pytest.approx(expected.result.loss, rel=1e-5)
+    assert launched.outcome.result.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
 def test_a_parameter_server_loses_a_worker_and_gets_another(raylets: Raylets, folder: Path) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ray.conftest import chat_model
 from tests.support.raylets import Raylets
-from tests.support.running import Cluster, save_tiny_chat, write_cluster
+from tests.support.running import Cluster, chat_model, save_tiny_chat, write_cluster
 from tests.support.steady import Traffic, wait_until
 
 pytestmark = pytest.mark.timeout(600)
