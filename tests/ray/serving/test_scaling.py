@@ -1,5 +1,6 @@
-"""Replicas follow the load: more while prompt tokens wait, fewer afterwards, and no request is lost on the way."""
+"""Bounds and timeouts change while replicas go on; replicas follow the load, and no request is lost on the way."""
 
+import json
 import time
 
 from cluster.control.drill.asks import Ask
@@ -19,32 +20,38 @@ def ask(number: int) -> Ask:
 ASKS = [ask(number) for number in range(200)]
 
 
-def num_replicas(cluster: Cluster) -> int:
+def replica_ids(cluster: Cluster) -> set[str]:
+    """Of those that run."""
     (model,) = (model for model in cluster.status()["models"] if model["name"] == "tiny")
-    return sum(replica["state"] == "RUNNING" for version in model["versions"] for replica in version["replicas"])
+    replicas = (replica for version in model["versions"] for replica in version["replicas"])
+    return {replica["id"] for replica in replicas if replica["state"] == "RUNNING"}
 
 
-def wait_for_replicas(cluster: Cluster, count: int) -> None:
+def wait_for_replicas(cluster: Cluster, count: int) -> set[str]:
     deadline = time.monotonic() + WAIT_S
-    while num_replicas(cluster) != count:
+    while len(found := replica_ids(cluster)) != count:
         assert time.monotonic() < deadline, f"there were never {count} replicas"
         time.sleep(1)
+    return found
 
 
-def test_replicas_follow_waiting_tokens_up_and_down(cluster: Cluster) -> None:
+def test_bounds_change_in_place_and_replicas_follow_waiting_tokens_up_and_down(cluster: Cluster) -> None:
     original = cluster.config.read_text()
     scaling = {"min": 1, "max": 2, "target_waiting_tokens": 100, "upscale_delay": "1s", "downscale_delay": "3s"}
-    cluster.edit(
-        lambda values: values["models"][0].update(
-            replicas=scaling, batching={"max_running": 2, "max_step_tokens": 32, "max_waiting": 100}
-        )
-    )
+    timeouts = {"request": "240s", "step": "30s", "drain": "20s"}
+    before = replica_ids(cluster)
+    assert len(before) == 1
     try:
+        cluster.edit(lambda values: values["models"][0].update(replicas=scaling, timeouts=timeouts))
+        actions = json.loads(cluster.manta("plan", str(cluster.config), "--json").stdout)["actions"]
+        assert [action["kind"] for action in actions] == ["change_settings", "await_apps"]
         cluster.up()
-        assert num_replicas(cluster) == 1
-        with traffic(cluster.url, ASKS, lanes=16):
-            wait_for_replicas(cluster, 2)
+        assert replica_ids(cluster) == before
+        assert "Nothing to do" in cluster.up()
+        with traffic(cluster.url, ASKS, lanes=32):
+            assert before < wait_for_replicas(cluster, 2)
         wait_for_replicas(cluster, 1)
     finally:
         cluster.config.write_text(original)
         cluster.up()
+    assert "Nothing to do" in cluster.up()

@@ -203,7 +203,7 @@ async def test_streams_that_do_not_go_on_break_the_promise(drilled: Drilled) -> 
 
 
 async def test_what_is_left_over_breaks_the_promise(drilled: Drilled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.control.drill.drill._CLEAN_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("cluster.control.drill.drill._CLEAN_TIMEOUT_S", 0.2)
 
     async def play(drill: Drill, phase: Phase) -> None:
         drilled.site.left_over = ["actor manta:writer-v1:gone:stage-0"]
@@ -215,7 +215,7 @@ async def test_what_is_left_over_breaks_the_promise(drilled: Drilled, monkeypatc
 
 
 async def test_what_is_held_for_ever_breaks_the_promise(drilled: Drilled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.control.drill.drill._CLEAN_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("cluster.control.drill.drill._CLEAN_TIMEOUT_S", 0.2)
 
     async def play(drill: Drill, phase: Phase) -> None:
         await phase.traffic.send_each(12)
@@ -328,7 +328,8 @@ async def test_clients_that_leave_are_survived(drilled: Drilled) -> None:
     assert "all was free" in result.notes[1]
 
 
-async def test_a_soak_tells_the_slope_of_memory(drilled: Drilled) -> None:
+async def test_a_soak_tells_the_slope_of_memory(drilled: Drilled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.control.drill.loads._SAMPLE_S", 0.1)
     drilled.drill.options = Options(soak_s=0.2, min_requests=4)
     assert await drilled.run(loads.soak) == {}
     (result,) = drilled.drill.results

@@ -85,6 +85,19 @@ def train(
     ).run()
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult]:
+    """A short run that nobody changes, and its result."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    return run_dir, train(run_dir, tiny_spec(**SHORT))
+
+
+@pytest.fixture
+def run_dir(finished: tuple[Path, TrainResult], tmp_path: Path) -> Path:
+    """The finished short run, to be damaged."""
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
 def everything(directory: Path) -> dict[str, torch.Tensor]:
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in saved_tensors(directory).items()}
     load_tensors(tensors, directory)
@@ -163,33 +176,27 @@ def test_finished_run_does_nothing_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.json", "digests.json"])
 def test_damaged_checkpoint_falls_back_to_the_one_before(
-    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+    run_dir: Path, finished: tuple[Path, TrainResult], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = tiny_spec(**SHORT)
-    first = train(tmp_path, spec)
-    damage(first.checkpoint / name)
-    again = train(tmp_path, spec)
+    damage(run_dir / "checkpoints" / "step-6" / name)
+    again = train(run_dir, tiny_spec(**SHORT))
     assert (again.resumed_from, again.step) == (4, 6)
-    assert again.loss == first.loss
+    assert again.loss == finished[1].loss
     assert name in again.damaged[0]
     assert "falling back to the one before" in caplog.text
-    assert (tmp_path / "checkpoints" / "step-6.damaged-0").is_dir()
+    assert (run_dir / "checkpoints" / "step-6.damaged-0").is_dir()
 
 
-def test_all_checkpoints_damaged_is_an_error_not_a_new_start(tmp_path: Path) -> None:
-    spec = tiny_spec(**SHORT)
-    train(tmp_path, spec)
+def test_all_checkpoints_damaged_is_an_error_not_a_new_start(run_dir: Path) -> None:
     for step in (4, 6):
-        (tmp_path / "checkpoints" / f"step-{step}" / "__0_0.distcp").unlink()
+        (run_dir / "checkpoints" / f"step-{step}" / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
-        train(tmp_path, spec)
+        train(run_dir, tiny_spec(**SHORT))
 
 
-def test_checkpoint_without_its_commit_does_not_exist(tmp_path: Path) -> None:
-    spec = tiny_spec(**SHORT)
-    train(tmp_path, spec)
-    (tmp_path / "checkpoints" / "step-6" / committed.COMMITTED).unlink()
-    again = train(tmp_path, spec)
+def test_checkpoint_without_its_commit_does_not_exist(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "step-6" / committed.COMMITTED).unlink()
+    again = train(run_dir, tiny_spec(**SHORT))
     assert (again.resumed_from, again.damaged) == (4, ())
 
 
