@@ -203,7 +203,7 @@ async def test_streams_that_do_not_go_on_break_the_promise(drilled: Drilled) -> 
 
 
 async def test_what_is_left_over_breaks_the_promise(drilled: Drilled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.control.drill.drill._CLEAN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("cluster.control.drill.drill._CLEAN_TIMEOUT_S", 1.0)
 
     async def play(drill: Drill, phase: Phase) -> None:
         drilled.site.left_over = ["actor manta:writer-v1:gone:stage-0"]
@@ -215,7 +215,7 @@ async def test_what_is_left_over_breaks_the_promise(drilled: Drilled, monkeypatc
 
 
 async def test_what_is_held_for_ever_breaks_the_promise(drilled: Drilled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.control.drill.drill._CLEAN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("cluster.control.drill.drill._CLEAN_TIMEOUT_S", 1.0)
 
     async def play(drill: Drill, phase: Phase) -> None:
         await phase.traffic.send_each(12)
