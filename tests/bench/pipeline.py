@@ -76,7 +76,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quantization", choices=["int8", "int4"])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=6.0, help="length of a window")
-    parser.add_argument("--warm-up", type=float, default=2.0, help="seconds before it, at least")
+    # a stage's wait while the other layout was asked is exported up to two seconds after its next step
+    parser.add_argument("--warm-up", type=float, default=4.0, help="seconds before it, at least")
     parser.add_argument("--out", type=Path, default=Path("bench-pipeline.json"))
     return parser.parse_args()
 
