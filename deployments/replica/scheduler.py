@@ -26,6 +26,7 @@ from deployments.replica.blocks import BlockPool
 from deployments.replica.sequence import Sequence, SequenceState
 
 _PREFILL_RESERVE = 8  # decoding leaves at least an eighth of the budget to waiting prompts
+_PREFILL_PARTS_PER_STAGE = 4
 
 
 class StepMismatch(Exception):
@@ -61,6 +62,11 @@ class SchedulerConfig:
         """Steps that may be sent and not answered."""
         return self.num_stages + self.steps_ahead
 
+    @property
+    def num_prefill_parts(self) -> int:
+        """Micro-batches over which prompts are spread, where they are long enough."""
+        return 1 if self.num_stages == 1 else _PREFILL_PARTS_PER_STAGE * self.num_stages
+
 
 def decode_share(config: SchedulerConfig, num_decoding: int, *, prompts_wait: bool) -> int:
     """How many decoding sequences the next micro-batch may take, of ``num_decoding`` in flight or ready.
@@ -73,9 +79,13 @@ def decode_share(config: SchedulerConfig, num_decoding: int, *, prompts_wait: bo
     return min(share, config.max_step_tokens - reserve)
 
 
-def prefill_share(config: SchedulerConfig, num_pending_tokens: int, num_free_slots: int) -> int:
-    """How many prompt tokens the next micro-batch may take: what is pending, spread over the idle stages."""
-    return _even_part(num_pending_tokens, num_free_slots, config.min_prefill_chunk)
+def prefill_share(config: SchedulerConfig, num_prompt_tokens: int) -> int:
+    """How many prompt tokens the next micro-batch may take, where unfinished prompts have ``num_prompt_tokens`` in all.
+
+    With several stages only a part: while one computes a long chunk, the others wait, and micro-batches of about one
+    size keep all of them busy (Sarathi-Serve, arXiv:2403.02310).
+    """
+    return _even_part(num_prompt_tokens, config.num_prefill_parts, config.min_prefill_chunk)
 
 
 def _even_part(amount: int, max_parts: int, min_part: int) -> int:
@@ -219,9 +229,8 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _choose_prefills(self, budget: int) -> list[tuple[Sequence, int]]:
-        num_free_slots = max(1, self.config.num_stages - len(self._in_flight))
-        pending = self._count_pending(budget * num_free_slots)
-        left = min(budget, prefill_share(self.config, pending, num_free_slots)) if pending else 0
+        num_unfinished = self._count_unfinished(budget * self.config.num_prefill_parts)
+        left = min(budget, prefill_share(self.config, num_unfinished))
         parts = []
         for sequence in sorted(self._prefilling.values(), key=_age):
             if left == 0:
@@ -241,17 +250,15 @@ class Scheduler:
             left -= parts[-1][1]
         return parts
 
-    def _count_pending(self, enough: int) -> int:
-        """Prompt tokens that could be computed now, counted up to ``enough``."""
-        pending = 0
-        for sequence in self._prefilling.values():
-            pending += sequence.num_uncomputed
+    def _count_unfinished(self, enough: int) -> int:
+        """Tokens of the prompts that are being computed or could be, whole ones, counted up to ``enough``."""
+        num_tokens = sum(len(sequence.tokens) for sequence in self._prefilling.values())
         for sequence in self._waiting:
-            if pending >= enough:
+            if num_tokens >= enough:
                 break
             if not sequence.waits_for_leader:
-                pending += sequence.num_uncomputed
-        return min(pending, enough)
+                num_tokens += len(sequence.tokens)
+        return num_tokens
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence blocks for all its tokens, cached ones first; False (no change) if they are short.

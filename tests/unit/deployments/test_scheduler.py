@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -79,8 +80,8 @@ def test_the_shares_policy_is_one_table():
         1, 2, 3, 2, 3, 4, 32,
     ]  # fmt: skip
     assert decode_share(config, 100, prompts_wait=True) == 28
-    assert [prefill_share(config, number, 2) for number in (5, 15, 16, 40)] == [5, 15, 8, 20]
-    assert prefill_share(config, 40, 1) == 40
+    assert [prefill_share(config, number) for number in (0, 5, 15, 16, 40, 64, 640)] == [0, 5, 15, 8, 8, 8, 80]
+    assert prefill_share(replace(config, num_stages=1), 640) == 640
 
 
 def test_decoding_is_spread_over_the_stages():
@@ -111,7 +112,7 @@ def test_uneven_micro_batches_even_out():
 
 
 def test_a_long_prompt_is_cut_to_the_budget_and_its_chunks_follow_each_other():
-    bench = Bench(max_step_tokens=16)
+    bench = Bench(max_step_tokens=16, min_prefill_chunk=64)
     bench.add(50)
     assert bench.fill() == [{1: 16}, {1: 16}]
     assert bench.answer() == []
@@ -122,10 +123,29 @@ def test_a_long_prompt_is_cut_to_the_budget_and_its_chunks_follow_each_other():
     assert bench.fill() == [{1: 1}]
 
 
-def test_a_short_prompt_is_shared_by_the_idle_stages():
+def test_stages_share_a_prompt_in_small_parts_and_one_stage_takes_it_whole():
     bench = Bench(max_step_tokens=64)
-    bench.add(20)
-    assert bench.fill() == [{1: 10}, {1: 10}]
+    bench.add(40)
+    assert bench.fill() == [{1: 5}, {1: 5}]
+    bench = Bench(num_stages=1, max_step_tokens=64)
+    bench.add(40)
+    assert bench.fill() == [{1: 40}]
+
+
+def test_every_micro_batch_takes_an_equal_part_of_a_prompt_beside_its_decoding():
+    bench = Bench(max_step_tokens=64, steps_ahead=1)
+    for index in range(4):
+        bench.add(2, first=10 * index)
+    for _ in range(6):
+        bench.fill()
+        bench.answer()
+    bench.add(64, first=500)
+    planned = []
+    for _ in range(8):
+        planned += bench.fill()
+        bench.answer()
+    assert [step[5] for step in planned if 5 in step][:8] == [8] * 8
+    assert {len(step) for step in planned[:8]} == {3}, "two that decode and a part of the prompt"
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_computed():
