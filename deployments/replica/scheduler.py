@@ -80,7 +80,7 @@ def decode_share(config: SchedulerConfig, num_decoding: int, *, prompts_wait: bo
 
 
 def prefill_share(config: SchedulerConfig, num_prompt_tokens: int) -> int:
-    """How many prompt tokens the next micro-batch may take, where unfinished prompts have ``num_prompt_tokens`` in all.
+    """How many prompt tokens the next micro-batch may take, of unfinished prompts of ``num_prompt_tokens`` in all.
 
     With several stages only a part: while one computes a long chunk, the others wait, and micro-batches of about one
     size keep all of them busy (Sarathi-Serve, arXiv:2403.02310).

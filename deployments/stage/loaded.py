@@ -21,6 +21,28 @@ _VECTOR_RUNNERS = {
 }
 
 
+def runner_config(
+    args: ModelAppArgs, index: int, directory: Path, adapters: Mapping[str, Path] | None = None
+) -> RunnerConfig:
+    """What stage ``index`` of a generating model loads from the checkpoint in ``directory``, and how it computes."""
+    plan = args.stages[index]
+    return RunnerConfig(
+        directory=directory,
+        part=StageSlice(
+            start=plan.layer_start, stop=plan.layer_stop, is_first=plan.has_embedding, is_last=plan.has_head
+        ),
+        dtype=DTYPES[args.dtype],
+        device=torch.device(args.device),
+        context_tokens=args.context_tokens,
+        num_blocks=args.num_blocks,
+        block_tokens=args.block_tokens,
+        quantization=args.quantization,
+        kernels=args.kernels,
+        num_threads=args.threads_per_stage,
+        adapters=adapters or {},
+    )
+
+
 class LoadedStage:
     """The weights of one stage, and a worker that is renewed whenever the stage begins to listen."""
 
@@ -36,31 +58,13 @@ class LoadedStage:
         self._runner = self._load(directory, adapters)
 
     def _load(self, directory: Path, adapters: Mapping[str, Path]) -> StageRunner | EmbedRunner:
-        args, plan = self._args, self._plan
-        dtype, device = DTYPES[args.dtype], torch.device(args.device)
-        if args.task != "generate":
-            module, name = _VECTOR_RUNNERS[args.task]
-            kind = getattr(importlib.import_module(module), name)  # and transformers with it: seconds
-            runner: EmbedRunner = kind(directory, dtype=dtype, device=device)
-            return runner
-        part = StageSlice(
-            start=plan.layer_start, stop=plan.layer_stop, is_first=plan.has_embedding, is_last=plan.has_head
-        )
-        return StageRunner(
-            RunnerConfig(
-                directory=directory,
-                part=part,
-                dtype=dtype,
-                device=device,
-                context_tokens=args.context_tokens,
-                num_blocks=args.num_blocks,
-                block_tokens=args.block_tokens,
-                quantization=args.quantization,
-                kernels=args.kernels,
-                num_threads=args.threads_per_stage,
-                adapters=adapters,
-            )
-        )
+        args = self._args
+        if args.task == "generate":
+            return StageRunner(runner_config(args, self._plan.index, directory, adapters))
+        module, name = _VECTOR_RUNNERS[args.task]
+        kind = getattr(importlib.import_module(module), name)  # and transformers with it: seconds
+        runner: EmbedRunner = kind(directory, dtype=DTYPES[args.dtype], device=torch.device(args.device))
+        return runner
 
     async def listen(self, host: str) -> tuple[str, bytes]:
         """Forget every sequence and listen anew; returns the address and the secret that connects to it."""
