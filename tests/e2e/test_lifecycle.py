@@ -14,7 +14,7 @@ import psutil
 import pytest
 import requests
 
-from tests.support.running import Cluster, free_ports, save_tiny_chat, write_cluster
+from tests.support.running import Cluster, exact_kernels, free_ports, save_tiny_chat, write_cluster
 
 pytestmark = pytest.mark.e2e
 
@@ -29,7 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     model = {
         "name": "tiny",
         "source": f"path://{directory / 'chat'}",
-        "dtype": "float32",
+        **exact_kernels(),
         "context_tokens": 128,
         "pipeline": {"stages": 2, "threads": 1},
         "timeouts": {"drain": "5s"},

@@ -8,7 +8,7 @@ import pytest
 from cluster.control.dashboard import Dashboard
 from cluster.control.observe import stage_actors
 from tests.support.raylets import Raylets
-from tests.support.running import Cluster, chat_model, save_tiny_chat, write_cluster
+from tests.support.running import TORCH, Cluster, chat_model, save_tiny_chat, write_cluster
 from tests.support.steady import Traffic, wait_until
 
 pytestmark = pytest.mark.timeout(600)
@@ -30,9 +30,9 @@ def raylets() -> Iterator[Raylets]:
 
 @pytest.fixture
 def spread(raylets: Raylets, tmp_path: Path) -> Iterator[Cluster]:
-    """The tiny model over two stages that may not share a node."""
+    """The tiny model over two stages on torch that may not share a node."""
     save_tiny_chat(tmp_path / "chat-a", seed=1)
-    model = chat_model(str(tmp_path / "chat-a"))
+    model = chat_model(str(tmp_path / "chat-a"), **TORCH)
     model["pipeline"] |= {"placement": "STRICT_SPREAD"}
     with raylets.serving(write_cluster(tmp_path, "draining", [model])) as cluster:
         yield cluster

@@ -20,8 +20,8 @@ LABELS = ("ham", "spam")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Started by ``manta up``, ended by ``manta down``; nothing may be left."""
     directory = tmp_path_factory.mktemp("cluster")
-    save_tiny_chat(directory / "chat-a", seed=1)
-    save_tiny_chat(directory / "chat-b", seed=2)
+    save_tiny_chat(directory / "chat-a", seed=4)
+    save_tiny_chat(directory / "chat-b", seed=6)
     save_tiny_encoder(directory / "encoder")
     save_tiny_sorter(directory / "classifier", LABELS)
     models = [

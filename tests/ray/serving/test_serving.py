@@ -138,8 +138,8 @@ def test_a_second_up_changes_nothing_and_says_so(cluster: Cluster) -> None:
     assert stage_pids(cluster) == before
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_a_stream_survives_the_death_of_a_stage(cluster: Cluster, client: openai.OpenAI, stage: int) -> None:
+def test_a_stream_survives_the_death_of_a_stage_and_the_other_stays(cluster: Cluster, client: openai.OpenAI) -> None:
+    """Each stage is killed under mixed streams in ``test_drill.py``."""
     arguments = {"model": "tiny", "prompt": PROMPT, "max_tokens": 240, "temperature": 1.0, "seed": 3, "n": 2}
     extra = {"ignore_eos": True, "skip_special_tokens": False}
     undisturbed = [choice.text for choice in client.completions.create(**arguments, extra_body=extra).choices]
@@ -147,12 +147,13 @@ def test_a_stream_survives_the_death_of_a_stage(cluster: Cluster, client: openai
     texts = ["", ""]
     for number, chunk in enumerate(client.completions.create(**arguments, extra_body=extra, stream=True)):
         if number == 5:
-            psutil.Process(before[stage]).kill()
+            psutil.Process(before[1]).kill()
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert texts == undisturbed
     after = stage_pids(cluster)
-    assert [old == new for old, new in zip(before[:2], after[:2], strict=True)] == [stage == 1, stage == 0]
+    assert after[0] == before[0]
+    assert after[1] != before[1]
 
 
 def test_a_new_version_takes_over_without_a_failed_request(cluster: Cluster, client: openai.OpenAI) -> None:
@@ -179,7 +180,7 @@ def test_a_version_that_cannot_load_is_reported_and_the_old_one_serves_on(
 
         save_tiny_model(broken, "granite", embedding_multiplier=12.0)
         byte_level_tokenizer().save_pretrained(broken)
-    cluster.edit(lambda values: values["models"][0].update(source=f"path://{broken}"))
+    cluster.edit(lambda values: values["models"][0].update(source=f"path://{broken}", kernels="auto"))
     try:
         failed = cluster.manta("up", str(cluster.config))
         assert failed.returncode == 1
