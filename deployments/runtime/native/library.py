@@ -4,7 +4,11 @@ import ctypes
 from enum import IntEnum
 from typing import Any
 
+from cluster.units import format_bytes
 from deployments.runtime.native.build import load_library
+
+_KV_BYTES = 4
+"""Of a key and a value in bfloat16."""
 
 
 class Format(IntEnum):
@@ -100,7 +104,15 @@ class Handle:
             function = getattr(self._library, name)
             function.restype, function.argtypes = result, arguments
         self._pointer = ctypes.c_void_p()
-        self._check(self._library.manta_create(shape, self._pointer))
+        try:
+            self._check(self._library.manta_create(shape, self._pointer))
+        except MemoryError as error:
+            num_tokens = shape.num_blocks * shape.block_tokens
+            num_bytes = num_tokens * shape.num_layers * shape.num_kv_heads * shape.head_dim * _KV_BYTES
+            raise MemoryError(
+                f"the system did not allocate a slice's memory ({error}): its KV cache of {num_tokens} tokens takes "
+                f"{format_bytes(num_bytes)}; lower kv_cache.tokens"
+            ) from error
 
     def __del__(self) -> None:
         if getattr(self, "_pointer", None):
