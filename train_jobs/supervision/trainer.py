@@ -5,15 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from train_jobs.run_spec import RunSpec
 from train_jobs.supervision.policies import RestartPolicy, RoomPolicy
+from train_jobs.supervision.process_group import ProcessGroup
 from train_jobs.supervision.worker import run_worker
 
 
-class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+class SupervisedTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no types
     """Runs ``run_worker`` on as many workers as there is room for."""
 
     def __init__(self, spec: RunSpec, monitor: Any) -> None:
@@ -22,8 +23,8 @@ class SupervisedTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
         self._monitor = monitor
         super().__init__(
             functools.partial(run_worker, spec, monitor),  # sent to workers as it is: the controller imports no task
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if spec.needs.gpus else "gloo",
+            backend_config=ProcessGroup(
+                has_gpus=spec.needs.gpus > 0,
                 timeout_s=int(max(spec.start_timeout_s, spec.step_timeout_s)) + 60,  # the watchdog comes first
             ),
             scaling_config=ScalingConfig(
