@@ -80,29 +80,49 @@ class Seen(NoHooks):
         return step is not None and self.step >= step and self.rank == self.last_rank
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Workers that do ``cases`` in turn, and a new ``folder`` for what they leave."""
+
+    num_workers: int
+    folder: Path
+    cases: list[Case]
+
+
 def run_cases(num_workers: int, folder: Path, cases: list[Case]) -> list[list[Seen]]:
     """Each case in turn on the same workers; returns by worker, by case. A killed worker has seen nothing."""
-    folder.mkdir(parents=True)
+    return run_groups(Group(num_workers=num_workers, folder=folder, cases=cases))[0]
+
+
+def run_groups(*groups: Group) -> list[list[list[Seen]]]:
+    """:func:`run_cases` of groups that know nothing of each other, all at once: no core waits for another's group."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    workers = [context.Process(target=_work, args=(rank, num_workers, folder, cases)) for rank in range(num_workers)]
+    workers = []
+    for group in groups:
+        group.folder.mkdir(parents=True)
+        workers += [context.Process(target=_work, args=(rank, group)) for rank in range(group.num_workers)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    paths = [folder / f"worker-{rank}" for rank in range(num_workers)]
-    return [pickle.loads(path.read_bytes()) if path.exists() else [] for path in paths]
+    return [[_what_was_seen(group, rank) for rank in range(group.num_workers)] for group in groups]
 
 
-def _work(rank: int, num_workers: int, folder: Path, cases: list[Case]) -> None:
+def _what_was_seen(group: Group, rank: int) -> list[Seen]:
+    path = group.folder / f"worker-{rank}"
+    return pickle.loads(path.read_bytes()) if path.exists() else []
+
+
+def _work(rank: int, group: Group) -> None:
     torch.set_num_threads(1)
-    if num_workers > 1:
+    if group.num_workers > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        store = dist.FileStore(str(folder / "store"), num_workers)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_workers)
-    seen = [_attempt(case, rank, num_workers) for case in cases]
-    (folder / f"worker-{rank}").write_bytes(pickle.dumps(seen))
-    if num_workers > 1:
+        store = dist.FileStore(str(group.folder / "store"), group.num_workers)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=group.num_workers)
+    seen = [_attempt(case, rank, group.num_workers) for case in group.cases]
+    (group.folder / f"worker-{rank}").write_bytes(pickle.dumps(seen))
+    if group.num_workers > 1:
         dist.destroy_process_group()
 
 

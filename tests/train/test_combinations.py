@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support.tiny_task import EVALUATION, tiny_spec
-from tests.support.train_workers import Case, run_cases
+from tests.support.train_workers import Case, Group, run_groups
 from train_jobs.trainer.spec import Ddp, DurationSpec, Fsdp, Hsdp, Muon, Pipeline, Single, StrategySpec
 
 TEN_STEPS = DurationSpec(kind="steps", amount=10)
@@ -43,13 +43,15 @@ def case(folder: Path, setting: str, strategy: StrategySpec, dropout: float = 0.
 
 
 def test_settings_and_strategies_go_together(tmp_path: Path) -> None:
-    alone = run_cases(1, tmp_path / "w-1", [case(tmp_path / "1", name, Single()) for name in SETTINGS])[0]
-    expected = dict(zip(SETTINGS, alone, strict=True))
+    single = [case(tmp_path / "1", name, Single()) for name in SETTINGS]
+    groups = [Group(num_workers=1, folder=tmp_path / "w-1", cases=single)]
     for size, chosen in ((2, AT_TWO), (4, AT_FOUR)):
         cases = [case(tmp_path / str(size), name, strategy) for name, strategy, _ in chosen]
-        for (name, strategy, limit), seen in zip(
-            chosen, run_cases(size, tmp_path / f"w-{size}", cases)[0], strict=True
-        ):
+        groups.append(Group(num_workers=size, folder=tmp_path / f"w-{size}", cases=cases))
+    [alone], at_two, at_four = run_groups(*groups)
+    expected = dict(zip(SETTINGS, alone, strict=True))
+    for found, chosen in ((at_two, AT_TWO), (at_four, AT_FOUR)):
+        for (name, strategy, limit), seen in zip(chosen, found[0], strict=True):
             assert seen.error is None, (name, strategy)
             assert seen.losses == pytest.approx(expected[name].losses, rel=limit, abs=0), (name, strategy)
             assert seen.norms == pytest.approx(expected[name].norms, rel=20 * limit, abs=0), (name, strategy)
@@ -59,8 +61,12 @@ def test_settings_and_strategies_go_together(tmp_path: Path) -> None:
 
 
 def test_dropout_is_the_same_at_every_number_of_workers(tmp_path: Path) -> None:
-    alone = run_cases(1, tmp_path / "w-1", [case(tmp_path / "1", "plain", Single(), dropout=0.2)])[0][0]
+    single = [case(tmp_path / "1", "plain", Single(), dropout=0.2)]
     cases = [case(tmp_path / "2", "plain", strategy, dropout=0.2) for strategy in DROPOUT]
-    for seen in run_cases(2, tmp_path / "w-2", cases)[0]:
+    [[alone]], together = run_groups(
+        Group(num_workers=1, folder=tmp_path / "w-1", cases=single),
+        Group(num_workers=2, folder=tmp_path / "w-2", cases=cases),
+    )
+    for seen in together[0]:
         assert seen.error is None
         assert seen.losses == pytest.approx(alone.losses, rel=1e-5, abs=0)

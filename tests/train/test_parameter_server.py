@@ -11,7 +11,7 @@ import torch
 
 from tests.support.tiny_task import EVALUATION, tiny_spec
 from tests.support.tiny_tasks import LORA, open_task, save_base, task_spec, write_task_data
-from tests.support.train_workers import Case, Seen, run_cases
+from tests.support.train_workers import Case, Group, Seen, run_cases, run_groups
 from train_jobs.trainer.committed import committed_steps
 from train_jobs.trainer.spec import (
     Adam,
@@ -68,8 +68,10 @@ def cases(folder: Path, strategy: StrategySpec) -> dict[str, Case]:
 
 def test_bound_0_is_one_process_bit_for_bit(tmp_path: Path) -> None:
     alone, served = cases(tmp_path / "1", Single()), cases(tmp_path / "2", IN_TURN)
-    expected = run_cases(1, tmp_path / "w-1", list(alone.values()))[0]
-    server, computing = run_cases(2, tmp_path / "w-2", list(served.values()))
+    [expected], [server, computing] = run_groups(
+        Group(num_workers=1, folder=tmp_path / "w-1", cases=list(alone.values())),
+        Group(num_workers=2, folder=tmp_path / "w-2", cases=list(served.values())),
+    )
     for name, one, other, worker in zip(alone, expected, server, computing, strict=True):
         assert other.error is None, name
         assert (other.losses, other.norms, other.checkpoints) == (one.losses, one.norms, one.checkpoints), name

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.tiny_task import EVALUATION, tiny_spec
-from tests.support.train_workers import Case, Seen, run_cases
+from tests.support.train_workers import Case, Group, Seen, run_cases, run_groups
 from train_jobs.trainer.spec import BatchSpec, Ddp, Fsdp, Hsdp, Pipeline, Single, StrategySpec
 from train_jobs.trainer.state import load_tensors, saved_tensors
 
@@ -37,10 +37,12 @@ def test_killed_worker_changes_no_bit(tmp_path: Path) -> None:
     strategies: dict[str, StrategySpec] = {"ddp": Ddp(), "fsdp": Fsdp(), "pipeline": ONE_F_ONE_B}
     specs = {name: tiny_spec(strategy=strategy, ema=0.9) for name, strategy in strategies.items()}
     calm = [Case(spec=spec, run_dir=tmp_path / "calm" / name, dropout=0.1) for name, spec in specs.items()]
-    undisturbed = run_cases(2, tmp_path / "w-calm", calm)[0]
+    groups = [Group(num_workers=2, folder=tmp_path / "w-calm", cases=calm)]
     for name, spec in specs.items():
         case = Case(spec=spec, run_dir=tmp_path / "killed" / name, dropout=0.1, kill_at=13)
-        survivor, killed = run_cases(2, tmp_path / f"w-killed-{name}", [case])
+        groups.append(Group(num_workers=2, folder=tmp_path / f"w-killed-{name}", cases=[case]))
+    [undisturbed, _], *attempts = run_groups(*groups)
+    for survivor, killed in attempts:
         assert killed == []
         assert survivor[0].result is None
         assert survivor[0].error is not None

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.tiny_task import tiny_spec
-from tests.support.train_workers import Case, run_cases
+from tests.support.train_workers import Case, Group, run_groups
 from train_jobs.trainer.spec import CheckpointSpec, Ddp, DurationSpec, Fsdp, Hsdp, Pipeline, Single, StrategySpec
 
 STRATEGIES: dict[str, StrategySpec] = {
@@ -14,14 +14,15 @@ STRATEGIES: dict[str, StrategySpec] = {
     "1f1b": Pipeline(schedule="1f1b", data_parallel=1, stages_per_worker=1),
     "interleaved": Pipeline(schedule="interleaved", data_parallel=1, stages_per_worker=2),
 }
+STEPS = 30
 LIMITS = {"ddp": 1e-6}
 
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """50 steps each, by strategy; all strategies at two workers run in one pair of processes."""
+    """By strategy; all strategies at two workers run in one pair of processes."""
     folder = tmp_path_factory.mktemp("strategies")
-    duration = DurationSpec(kind="steps", amount=50)
+    duration = DurationSpec(kind="steps", amount=STEPS)
     at_the_end = CheckpointSpec(every_steps=1000, keep_last=1, keep_best=0)
 
     def case(name: str, strategy: StrategySpec) -> Case:
@@ -29,14 +30,17 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
             spec=tiny_spec(strategy=strategy, duration=duration, checkpoint=at_the_end), run_dir=folder / name
         )
 
-    [[alone]] = run_cases(1, folder / "one", [case("single", Single())])
-    together = run_cases(2, folder / "two", [case(name, strategy) for name, strategy in STRATEGIES.items()])
+    cases = [case(name, strategy) for name, strategy in STRATEGIES.items()]
+    [[alone]], together = run_groups(
+        Group(num_workers=1, folder=folder / "one", cases=[case("single", Single())]),
+        Group(num_workers=2, folder=folder / "two", cases=cases),
+    )
     assert [one.error for worker in together for one in worker] == [None] * (2 * len(STRATEGIES))
     return {"single": alone.losses} | {name: one.losses for name, one in zip(STRATEGIES, together[0], strict=True)}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_losses_equal_those_of_one_process(losses: dict[str, list[float]], name: str) -> None:
-    assert len(losses[name]) == 50
-    assert losses["single"][-1] < 0.8 * losses["single"][0]
+    assert len(losses[name]) == STEPS
+    assert losses["single"][-1] < 0.85 * losses["single"][0]
     assert losses[name] == pytest.approx(losses["single"], rel=LIMITS.get(name, 1e-5), abs=0)

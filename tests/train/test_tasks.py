@@ -10,12 +10,13 @@ from cluster.config.jobs_train import JobTask
 from cluster.errors import PlanError
 from tests.support.tiny_task import tiny_spec
 from tests.support.tiny_tasks import LORA, open_task, save_base, task_spec, write_task_data
-from tests.support.train_workers import Case, Seen, run_cases
+from tests.support.train_workers import Case, Group, Seen, run_groups
 from train_jobs.tasks.combinations import check_combination
 from train_jobs.trainer.spec import (
     BatchSpec,
     CheckpointSpec,
     Ddp,
+    DurationSpec,
     EvaluationSpec,
     Fsdp,
     Pipeline,
@@ -23,6 +24,7 @@ from train_jobs.trainer.spec import (
     StrategySpec,
 )
 
+STEPS = 12
 STRATEGIES: dict[str, StrategySpec] = {
     "ddp": Ddp(),
     "fsdp": Fsdp(),
@@ -72,6 +74,7 @@ def cases(folder: Path, pairs: list[tuple[str, StrategySpec]]) -> list[Case]:
         train = tiny_spec(
             strategy=strategy,
             batch=BatchSpec(sequences=8, micro_sequences=2),
+            duration=DurationSpec(kind="steps", amount=STEPS),
             checkpoint=CheckpointSpec(every_steps=1000, keep_last=1, keep_best=0),
             evaluation=EvaluationSpec(every_steps=None, metric="loss", mode="min"),
         )
@@ -83,11 +86,14 @@ def cases(folder: Path, pairs: list[tuple[str, StrategySpec]]) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Seen]:
-    """20 steps each, by task and strategy; all at two workers run in one pair of processes."""
+    """By task and strategy; all at two workers run in one pair of processes."""
     folder = tmp_path_factory.mktemp("tasks")
-    [alone] = run_cases(1, folder / "one", cases(folder / "1", [(name, Single()) for name in TASKS]))
+    single = cases(folder / "1", [(name, Single()) for name in TASKS])
     chosen = cases(folder / "2", [(name, STRATEGIES[strategy]) for name, strategy in PAIRS])
-    together = run_cases(2, folder / "two", chosen)
+    [alone], together = run_groups(
+        Group(num_workers=1, folder=folder / "one", cases=single),
+        Group(num_workers=2, folder=folder / "two", cases=chosen),
+    )
     found = {(name, "single"): one for name, one in zip(TASKS, alone, strict=True)}
     for pair, first, second in zip(PAIRS, *together, strict=True):
         assert first.losses == second.losses
@@ -101,7 +107,7 @@ def test_losses_and_metrics_equal_those_of_one_process(
 ) -> None:
     alone, other = seen[name, "single"], seen[name, strategy]
     assert other.error is None
-    assert len(alone.losses) == 20
+    assert len(alone.losses) == STEPS
     assert other.losses == pytest.approx(alone.losses, rel=1e-5, abs=0)
     assert alone.result is not None
     assert other.result is not None
