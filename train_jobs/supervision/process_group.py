@@ -15,7 +15,6 @@ import ray
 from ray import train
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.util import TrainingFramework
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +23,10 @@ _LEAVE_TIMEOUT_S = 30.0
 
 @dataclass(kw_only=True)
 class ProcessGroup(BackendConfig):  # type: ignore[misc]  # Ray has no types
-    """Gloo between processors and, where workers have GPUs, NCCL between those. Ray shows the fields."""
+    """Gloo between processors and, where workers have GPUs, NCCL between those. Ray shows the fields.
+
+    No ``framework`` is named: torch's version, which Ray would show, is an object whose every reader imports torch.
+    """
 
     has_gpus: bool
     timeout_s: int
@@ -34,11 +36,6 @@ class ProcessGroup(BackendConfig):  # type: ignore[misc]  # Ray has no types
     def backend_cls(self) -> type[Backend]:
         """Of Ray: what it calls."""
         return Meeting
-
-    @property
-    def framework(self) -> TrainingFramework:
-        """Of Ray: whose version its dashboard shows."""
-        return TrainingFramework.TORCH
 
     def to_dict(self) -> dict[str, Any]:
         """Of Ray: for its dashboard."""
