@@ -14,7 +14,7 @@ STRATEGIES: dict[str, StrategySpec] = {
     "1f1b": Pipeline(schedule="1f1b", data_parallel=1, stages_per_worker=1),
     "interleaved": Pipeline(schedule="interleaved", data_parallel=1, stages_per_worker=2),
 }
-STEPS = 30
+STEPS = 50
 LIMITS = {"ddp": 1e-6}
 
 
@@ -42,5 +42,5 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_losses_equal_those_of_one_process(losses: dict[str, list[float]], name: str) -> None:
     assert len(losses[name]) == STEPS
-    assert losses["single"][-1] < 0.85 * losses["single"][0]
+    assert losses["single"][-1] < 0.8 * losses["single"][0]
     assert losses[name] == pytest.approx(losses["single"], rel=LIMITS.get(name, 1e-5), abs=0)
