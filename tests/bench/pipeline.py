@@ -53,18 +53,21 @@ class Shared:
 def main() -> None:
     """Measure both layouts in turns, print the tables, write the JSON."""
     arguments = parse()
-    base = yaml.safe_load(arguments.config.read_text())["models"][0] | {"name": MODEL}
-    if arguments.quantization:
-        base["quantization"] = arguments.quantization
-    layouts = {
-        layout: model_args(base | {"pipeline": pipeline}, arguments.storage) for layout, pipeline in LAYOUTS.items()
-    }
+    layouts = layout_args(arguments.config, arguments.quantization, arguments.storage)
     with local_ray(num_replicas=len(layouts)) as local:
         found = uvloop.run(measure_all(layouts, local, arguments))
     console = Console(width=150)
     console.print(speed_table(found))
     console.print(stage_table(found))
     arguments.out.write_text(json.dumps([asdict(each) for each in found]))
+
+
+def layout_args(config: Path, quantization: str | None, storage: Path) -> dict[str, ModelAppArgs]:
+    """The arguments of one replica in each of :data:`LAYOUTS`, of the first model in ``config``."""
+    model = yaml.safe_load(config.read_text())["models"][0] | {"name": MODEL}
+    if quantization:
+        model["quantization"] = quantization
+    return {layout: model_args(model | {"pipeline": pipeline}, storage) for layout, pipeline in LAYOUTS.items()}
 
 
 def parse() -> argparse.Namespace:

@@ -16,23 +16,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from cluster.plan.types import ModelAppArgs
 from cluster.registry.materialize import materialize
 from cluster.registry.store import Registry
-from deployments.messages import SequenceStep
 from deployments.runtime.runner import load_slice
 from deployments.stage.loaded import runner_config
 from tests.bench.closed_loop import turns
 from tests.bench.figures import ratio
-from tests.bench.in_process import model_args
 from tests.bench.kernels import decoding
 from tests.bench.layers import median
-from tests.bench.pipeline import LAYOUTS
-from tests.bench.servers import MODEL
+from tests.bench.pipeline import LAYOUTS, layout_args
 from tests.bench.start import QUICKSTART, STORAGE
 
 
@@ -53,11 +49,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a window")
     arguments = parser.parse_args()
-    base = yaml.safe_load(QUICKSTART.read_text())["models"][0] | {"name": MODEL}
-    base["quantization"] = arguments.quantization
-    layouts = {
-        layout: model_args(base | {"pipeline": pipeline}, arguments.storage) for layout, pipeline in LAYOUTS.items()
-    }
+    layouts = layout_args(QUICKSTART, arguments.quantization, arguments.storage)
     table = Table("streams", *(f"{layout}: ms a round" for layout in LAYOUTS), "ratio at best", "spread")
     with stages(layouts["1 x 2"]) as one, stages(layouts["2 x 1"]) as two:
         for num_streams in arguments.streams:
@@ -97,27 +89,28 @@ def stages(args: ModelAppArgs) -> Iterator[list[Connection]]:
         ours, theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(args, index, theirs), daemon=True))
         processes[-1].start()
+        theirs.close()  # so that a process that dies ends the waiting for it
         connections.append(ours)
     try:
         for connection in connections:
             connection.recv()
         yield connections
     finally:
-        for connection in connections:
-            connection.send(None)
         for process in processes:
+            process.terminate()
             process.join()
 
 
 @torch.inference_mode()
 def serve(args: ModelAppArgs, index: int, orders: Connection) -> None:
-    """Load a stage, say so, and answer orders with the median of its steps in seconds, until there are no more."""
+    """Load a stage, say so, and answer orders with the median of its steps in seconds, until it is ended."""
     registry = Registry(args.storage)
     directory = materialize(registry, registry.resolve(f"{args.model}@{args.version}"))
     loaded = load_slice(runner_config(args, index, directory))
     orders.send("loaded")
-    while (order := orders.recv()) is not None:
-        step: list[SequenceStep] = decoding(order.num_rows)
+    while True:
+        order: Order = orders.recv()
+        step = decoding(order.num_rows)
         hidden = None if index == 0 else torch.zeros(order.num_rows, loaded.hidden_size, dtype=loaded.dtype)
         times_s = []
         begin_s = time.perf_counter()
