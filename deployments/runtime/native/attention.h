@@ -18,6 +18,7 @@ namespace manta {
 
 constexpr int kUnitTokens = 16;
 constexpr int kSegmentUnits = 32;
+constexpr int kScoredUnits = 4;  // at a time, a result tile each
 constexpr float kUnseen = -1e30f;  // score of what may not be seen
 constexpr float kLowest = -1e29f;  // best score before any; far above kUnseen, whose weight is therefore zero
 
@@ -157,14 +158,14 @@ class Attention {
       total_[row] = 0.0f;
     }
     memset(sum_.data(), 0, task.num_rows * heads_.dim * sizeof(float));
+    const float binary_scale = scale * 1.4426950408889634f;  // of exponents to the base 2
     for (int start = first_unit / kSegmentUnits * kSegmentUnits; start < num_units; start += kSegmentUnits) {
       const int from = std::max(start, first_unit), to = std::min(start + kSegmentUnits, num_units);
       for (int unit = from; unit < to; ++unit)
         units_[unit - from] = cache.unit(layer, task.blocks, task.head, unit * kUnitTokens);
-      compute_scores(cache, to - from);
-      hide(task, from, to, first_position, last_position, window);
-      weigh(task.num_rows, to - from, scale * 1.4426950408889634f);
-      sum_values(cache, task.num_rows, to - from);
+      score(cache, task, {from, to, first_position, last_position, window});
+      raise_best(task.num_rows, binary_scale);
+      sum_values(cache, task.num_rows, to - from, binary_scale);
     }
   }
 
@@ -194,114 +195,159 @@ class Attention {
     return reinterpret_cast<float*>(scores_.data()) + (unit * kLane + row) * kLane;
   }
 
-  void compute_scores(const Cache& cache, int num_units) {
+  // A segment's units, and where the task's rows are.
+  struct View {
+    int from, to;  // units
+    int first_position, last_position, window;
+  };
+
+  // Scores of the whole segment. The vector units look for the highest among a few units' scores while the tile
+  // registers multiply the next ones.
+  void score(const Cache& cache, const AttentionTask& task, const View& view) {
+    const int num_units = view.to - view.from;
+    for (int row = 0; row < task.num_rows; ++row) highest_[row] = _mm512_set1_ps(kUnseen);
     finish_stores();
-    for (int unit = 0; unit < num_units; unit += 4) {
-      const int count = std::min(4, num_units - unit);
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int tile = 0; tile < cache.num_key_tiles; ++tile) {
-        const size_t at = static_cast<size_t>(tile) * kTileBytes;
-        _tile_loadd(4, queries_.data() + at, 64);
-        _tile_loadd(6, units_[unit] + at, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (count > 1) {
-          _tile_loadd(6, units_[unit + 1] + at, 64);
-          _tile_dpbf16ps(1, 4, 6);
-        }
-        if (count > 2) {
-          _tile_loadd(6, units_[unit + 2] + at, 64);
-          _tile_dpbf16ps(2, 4, 6);
-        }
-        if (count > 3) {
-          _tile_loadd(6, units_[unit + 3] + at, 64);
-          _tile_dpbf16ps(3, 4, 6);
-        }
+    for (int unit = 0; unit < num_units; unit += kScoredUnits) {
+      multiply_keys(cache, unit, std::min(kScoredUnits, num_units - unit));
+      if (task.first == 0) prefetch(cache, unit, num_units);
+      if (unit > 0) find_highest(task, view, unit - kScoredUnits, unit);
+    }
+    find_highest(task, view, (num_units - 1) / kScoredUnits * kScoredUnits, num_units);
+  }
+
+  void multiply_keys(const Cache& cache, int unit, int count) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int tile = 0; tile < cache.num_key_tiles; ++tile) {
+      const size_t at = static_cast<size_t>(tile) * kTileBytes;
+      _tile_loadd(4, queries_.data() + at, 64);
+      _tile_loadd(6, units_[unit] + at, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if (count > 1) {
+        _tile_loadd(6, units_[unit + 1] + at, 64);
+        _tile_dpbf16ps(1, 4, 6);
       }
-      char* out = scores_.data() + unit * kTileBytes;
-      _tile_stored(0, out, 64);
-      if (count > 1) _tile_stored(1, out + kTileBytes, 64);
-      if (count > 2) _tile_stored(2, out + 2 * kTileBytes, 64);
-      if (count > 3) _tile_stored(3, out + 3 * kTileBytes, 64);
+      if (count > 2) {
+        _tile_loadd(6, units_[unit + 2] + at, 64);
+        _tile_dpbf16ps(2, 4, 6);
+      }
+      if (count > 3) {
+        _tile_loadd(6, units_[unit + 3] + at, 64);
+        _tile_dpbf16ps(3, 4, 6);
+      }
+    }
+    char* out = scores_.data() + unit * kTileBytes;
+    _tile_stored(0, out, 64);
+    if (count > 1) _tile_stored(1, out + kTileBytes, 64);
+    if (count > 2) _tile_stored(2, out + 2 * kTileBytes, 64);
+    if (count > 3) _tile_stored(3, out + 3 * kTileBytes, 64);
+  }
+
+  // Brings the values of the units just scored near, and keys further on.
+  void prefetch(const Cache& cache, int unit, int num_units) {
+    for (int near = unit; near < std::min(unit + kScoredUnits, num_units); ++near) {
+      prefetch_lines(cache.values(units_[near]), cache.num_value_tiles * (kTileBytes / 2));
+      const int far = near + 2 * kScoredUnits;
+      if (far < num_units) prefetch_lines(units_[far], cache.num_key_tiles * kTileBytes);
     }
   }
 
-  // Gives kUnseen to what a row may not see; units that every row sees whole are left alone.
-  void hide(const AttentionTask& task, int from, int to, int first_position, int last_position, int window) {
-    for (int unit = from; unit < to; ++unit) {
-      const int start = unit * kUnitTokens, stop = start + kUnitTokens;
-      const bool past = stop <= first_position + 1;
-      const bool inside = window == 0 || start > last_position - window;
-      if (past && inside) continue;
-      for (int row = 0; row < task.num_rows; ++row) {
-        const int position = task.position + (task.first + row) / heads_.group();
-        __mmask16 seen = first_lanes(position + 1 - start);
-        if (window > 0) seen &= static_cast<__mmask16>(~first_lanes(position - window + 1 - start));
-        float* scores = score_row(unit - from, row);
-        _mm512_storeu_ps(scores, _mm512_mask_loadu_ps(_mm512_set1_ps(kUnseen), seen, scores));
-      }
+  // Each lane's highest score so far, after what a row may not see was hidden.
+  void find_highest(const AttentionTask& task, const View& view, int from, int to) {
+    for (int unit = from; unit < to; ++unit) hide(task, view, unit);
+    for (int row = 0; row < task.num_rows; ++row) {
+      __m512 highest = highest_[row];
+      for (int unit = from; unit < to; ++unit) highest = _mm512_max_ps(_mm512_loadu_ps(score_row(unit, row)), highest);
+      highest_[row] = highest;
     }
   }
 
-  // Scores -> weights in bfloat16, relative to the best score so far; what was summed before is scaled to match.
-  void weigh(int num_rows, int num_units, float scale) {
+  // Gives kUnseen to what a row may not see; a unit that every row sees whole is left alone.
+  void hide(const AttentionTask& task, const View& view, int unit) {
+    const int start = (view.from + unit) * kUnitTokens, stop = start + kUnitTokens;
+    const bool past = stop <= view.first_position + 1;
+    const bool inside = view.window == 0 || start > view.last_position - view.window;
+    if (past && inside) return;
+    for (int row = 0; row < task.num_rows; ++row) {
+      const int position = task.position + (task.first + row) / heads_.group();
+      __mmask16 seen = first_lanes(position + 1 - start);
+      if (view.window > 0) seen &= static_cast<__mmask16>(~first_lanes(position - view.window + 1 - start));
+      float* scores = score_row(unit, row);
+      _mm512_storeu_ps(scores, _mm512_mask_loadu_ps(_mm512_set1_ps(kUnseen), seen, scores));
+    }
+  }
+
+  // From here on weights are relative to the best score so far; what was summed before shrinks to match.
+  void raise_best(int num_rows, float scale) {
     for (int row = 0; row < num_rows; ++row) {
-      __m512 best = _mm512_set1_ps(kUnseen);
-      for (int unit = 0; unit < num_units; ++unit) best = _mm512_max_ps(_mm512_loadu_ps(score_row(unit, row)), best);
-      const float segment_best = _mm512_reduce_max_ps(best);
-      const float new_best = std::max(best_[row], segment_best);
-      const __m512 factor = _mm512_set1_ps(scale), shift = _mm512_set1_ps(new_best * scale);
-      __m512 total = _mm512_setzero_ps();
-      for (int unit = 0; unit < num_units; ++unit) {
-        const __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(score_row(unit, row)), factor, shift);
-        const __m256i weight = to_bf16(exp2_of(power));
-        char* to = weights_.data() + (unit * kLane + row) * 32;
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to), weight);
-        const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(weight), 16);
-        total = _mm512_add_ps(total, _mm512_castsi512_ps(wide));
-      }
-      shrink_[row] = _mm512_cvtss_f32(exp2_of(_mm512_set1_ps((best_[row] - new_best) * scale)));
-      total_[row] = total_[row] * shrink_[row] + _mm512_reduce_add_ps(total);
-      best_[row] = new_best;
+      const float best = std::max(best_[row], _mm512_reduce_max_ps(highest_[row]));
+      shrink_[row] = _mm512_cvtss_f32(exp2_of(_mm512_set1_ps((best_[row] - best) * scale)));
+      best_[row] = best;
     }
   }
 
-  void sum_values(const Cache& cache, int num_rows, int num_units) {
-    finish_stores();
-    const size_t row_bytes = heads_.dim * sizeof(float);
-    for (int tile = 0; tile < cache.num_value_tiles; tile += 4) {
-      const int count = std::min(4, cache.num_value_tiles - tile);
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int unit = 0; unit < num_units; ++unit) {
-        const char* values = cache.values(units_[unit]) + tile * (kTileBytes / 2);
-        _tile_loadd(5, weights_.data() + unit * (kTileBytes / 2), 32);
-        _tile_loadd(7, values, 64);
-        _tile_dpbf16ps(0, 5, 7);
-        if (count > 1) {
-          _tile_loadd(7, values + kTileBytes / 2, 64);
-          _tile_dpbf16ps(1, 5, 7);
-        }
-        if (count > 2) {
-          _tile_loadd(7, values + 2 * (kTileBytes / 2), 64);
-          _tile_dpbf16ps(2, 5, 7);
-        }
-        if (count > 3) {
-          _tile_loadd(7, values + 3 * (kTileBytes / 2), 64);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-      }
-      char* out = part_.data() + tile * 64;
-      _tile_stored(0, out, row_bytes);
-      if (count > 1) _tile_stored(1, out + 64, row_bytes);
-      if (count > 2) _tile_stored(2, out + 128, row_bytes);
-      if (count > 3) _tile_stored(3, out + 192, row_bytes);
+  // A unit's scores -> weights in bfloat16.
+  void weigh(int unit, int num_rows, float scale) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (int row = 0; row < num_rows; ++row) {
+      const __m512 shift = _mm512_set1_ps(best_[row] * scale);
+      const __m512 weight = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(score_row(unit, row)), factor, shift));
+      totals_[row] = _mm512_add_ps(totals_[row], weight);
+      char* to = weights_.data() + (unit * kLane + row) * 32;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), to_bf16(weight));
     }
-    for (int row = 0; row < num_rows; ++row) add_part(row);
+    finish_stores();
+  }
+
+  // The segment's values times their weights, which are made while the tile registers multiply those before.
+  void sum_values(const Cache& cache, int num_rows, int num_units, float scale) {
+    for (int row = 0; row < num_rows; ++row) totals_[row] = _mm512_setzero_ps();
+    weigh(0, num_rows, scale);
+    multiply_values(cache, 0, num_units, [&](int unit) {
+      if (unit + 1 < num_units) weigh(unit + 1, num_rows, scale);
+    });
+    for (int tile = 4; tile < cache.num_value_tiles; tile += 4) multiply_values(cache, tile, num_units, [](int) {});
+    for (int row = 0; row < num_rows; ++row) {
+      total_[row] = total_[row] * shrink_[row] + _mm512_reduce_add_ps(totals_[row]);
+      add_part(row);
+    }
+  }
+
+  // Four value tiles from `tile` on.
+  template <class Before>
+  void multiply_values(const Cache& cache, int tile, int num_units, const Before& before) {
+    const int count = std::min(4, cache.num_value_tiles - tile);
+    const size_t row_bytes = heads_.dim * sizeof(float);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int unit = 0; unit < num_units; ++unit) {
+      before(unit);
+      const char* values = cache.values(units_[unit]) + tile * (kTileBytes / 2);
+      _tile_loadd(5, weights_.data() + unit * (kTileBytes / 2), 32);
+      _tile_loadd(7, values, 64);
+      _tile_dpbf16ps(0, 5, 7);
+      if (count > 1) {
+        _tile_loadd(7, values + kTileBytes / 2, 64);
+        _tile_dpbf16ps(1, 5, 7);
+      }
+      if (count > 2) {
+        _tile_loadd(7, values + 2 * (kTileBytes / 2), 64);
+        _tile_dpbf16ps(2, 5, 7);
+      }
+      if (count > 3) {
+        _tile_loadd(7, values + 3 * (kTileBytes / 2), 64);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    char* out = part_.data() + tile * 64;
+    _tile_stored(0, out, row_bytes);
+    if (count > 1) _tile_stored(1, out + 64, row_bytes);
+    if (count > 2) _tile_stored(2, out + 128, row_bytes);
+    if (count > 3) _tile_stored(3, out + 192, row_bytes);
   }
 
   void add_part(int row) {
@@ -316,6 +362,7 @@ class Attention {
   Buffer scores_, weights_, part_, sum_, queries_;
   const char* units_[kSegmentUnits] = {};
   float best_[kLane] = {}, total_[kLane] = {}, shrink_[kLane] = {};
+  __m512 highest_[kLane], totals_[kLane];  // of a segment, lane by lane
   int configured_rows_ = 0;
 };
 
