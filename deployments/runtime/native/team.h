@@ -4,10 +4,11 @@
 // has set aside holds the others up only for the one chunk that it may have in hand.
 #pragma once
 #include <immintrin.h>
-
+#include <sched.h>
 #include <stdint.h>
 
 #include <atomic>
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <thread>
@@ -17,15 +18,23 @@ namespace manta {
 
 constexpr int kSpinsBetweenPhases = 600;  // about 40 us, beyond a chunk of a small step; then the core goes to others
 constexpr int kSpinsBetweenSteps = 400;
+constexpr std::chrono::milliseconds kYieldsFor{3};  // beyond the pause between two steps
 
 struct alignas(64) Counter {
   std::atomic<int> value{0};
 };
 
+// Spins, then offers the core to whoever wants it, then sleeps. It sleeps late because a virtual core without work halts,
+// and a busy host takes long to wake it.
 inline void wait_while(const std::atomic<int>& value, int unwanted, int num_spins) {
   for (int spin = 0; spin < num_spins; ++spin) {
     if (value.load(std::memory_order_acquire) != unwanted) return;
     _mm_pause();
+  }
+  const auto start = std::chrono::steady_clock::now();
+  while (std::chrono::steady_clock::now() - start < kYieldsFor) {
+    if (value.load(std::memory_order_acquire) != unwanted) return;
+    sched_yield();
   }
   value.wait(unwanted, std::memory_order_acquire);
 }
