@@ -208,6 +208,11 @@ def test_ray_listens_on_the_loopback_address_only_and_sends_nothing_home():
     assert environment["RAY_worker_niceness"] == "0"
 
 
+@pytest.mark.parametrize(("current", "expected"), [({}, "0.5"), ({"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "2"}, "2")])
+def test_serves_controller_looks_twice_a_second_unless_told_otherwise(current, expected):
+    assert ray_environment(current, [1, 2])["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == expected
+
+
 def test_every_port_and_resource_is_given_to_ray(tmp_path):
     command = LocalRay(local(tmp_path, ray_port=1234, dashboard_port=1235))._command()
     options = dict(part.removeprefix("--").split("=", 1) for part in command if "=" in part)
