@@ -93,6 +93,10 @@ class Outbox:
         if self._release_due is None:
             self._release_due = asyncio.get_running_loop().call_later(PATIENCE_S, self._release)
 
+    def forget(self, request_id: str) -> None:
+        """What is held of a cancelled request is not sent: its id may soon be that of another attempt."""
+        self._held.pop(request_id, None)
+
     def _release(self) -> None:
         if self._release_due is not None:
             self._release_due.cancel()
@@ -156,6 +160,7 @@ class GatewaySession:
         task = self._tasks.get(request_id)
         if task is not None:
             task.cancel()
+            self._outbox.forget(request_id)
 
     def _begin(self, request: Asked) -> None:
         if request.request_id in self._tasks:

@@ -139,6 +139,8 @@ async def test_what_cannot_wait_takes_along_what_waits_of_its_request_alone():
     outbox.put(delta("a", 2))
     await ticks(5)
     assert wire.frames == [(delta("a", 1), delta("a", 2))]
+    outbox.hold(delta("c", 1))
+    outbox.forget("c")
     outbox.flush()
     assert wire.frames[1:] == [(delta("b", 1),)]
     sender.cancel()
