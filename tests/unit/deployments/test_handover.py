@@ -85,6 +85,8 @@ class Play:
         )
         self.begun = asyncio.Event()
         """Some client has heard that its request was admitted."""
+        self.answered = asyncio.Event()
+        """Some client has a token."""
 
     async def add(self, name: str, app: str = APP, produces: str = "", **options) -> EngineReplica:
         replica = self.replicas[name] = EngineReplica(**options)
@@ -101,6 +103,8 @@ class Play:
         async with contextlib.aclosing(events):
             async for event in events:
                 self.begun.set()
+                if isinstance(event, Delta) and event.token_ids:
+                    self.answered.set()
                 yield event
 
     def drain(self, name: str) -> None:
@@ -269,14 +273,13 @@ async def test_with_no_other_replica_a_stream_waits_no_longer_than_its_deadline(
 async def test_a_draining_replica_keeps_its_streams_until_another_comes_and_then_hands_them_over() -> None:
     async with play() as scene:
         request = generate(max_tokens=40)
-        old = await scene.add("a")
+        old = await scene.add("a", at_step=(9, lambda: old.link.close_gate()))
         old.link.close_gate()
         asking = asyncio.create_task(scene.ask(request))
         await until_real(lambda: len(old.link.sent) > 0)
         scene.drain("a")
         old.link.open_gate()
-        await until_real(lambda: len(old.link.sent) > 5)
-        old.link.close_gate()
+        await asyncio.wait_for(scene.answered.wait(), 10)
         new = await scene.add("b")
         check(request, await asyncio.wait_for(asking, 10))
         assert new.seen[0].emitted is not None
