@@ -381,6 +381,9 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     ``chosen_in``: the one token to compute is what this pipeline chooses for the sequence in that earlier step, which
     the replica does not know yet; ``token_ids`` is then empty. Runners see it resolved. ``adapter`` is that of the
     sequence's start.
+
+    The last ``num_drafts`` of ``token_ids`` are guesses: after the token before them, and after each of them that is
+    what was chosen, a sample is wanted, up to the first that is not.
     """
 
     sequence_id: int
@@ -390,6 +393,17 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     sample: bool
     chosen_in: int | None = None
     adapter: str | None = None
+    num_drafts: int = 0
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """The guesses."""
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
+    @property
+    def num_logits(self) -> int:
+        """Positions after which a token may be chosen: the last ones."""
+        return self.num_drafts + 1 if self.sample else 0
 
     @property
     def num_tokens(self) -> int:
@@ -418,6 +432,7 @@ class CompactPart(msgspec.Struct, frozen=True, array_like=True):
     new_block_ids: tuple[int, ...]
     sample: bool
     chosen_in: int | None = None
+    num_drafts: int = 0
 
 
 class CompactStep(Message, frozen=True, kw_only=True):
@@ -476,7 +491,10 @@ class StageTiming(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepOutput(Message, frozen=True, kw_only=True):
-    """What the last stage made of a step, in the order of the sequences that asked for a sample."""
+    """What the last stage made of a step, in the order of the sequences that asked for a sample.
+
+    Of one with drafts there are several samples, one after the other: as many as drafts were right, and one more.
+    """
 
     step: int
     samples: tuple[Sample, ...]

@@ -181,6 +181,11 @@ def _vllm_is_possible(config: ClusterConfig, index: int) -> Iterator[Finding]:
         "pipeline.split": (pipeline.split, pipeline.split is None, "remove pipeline.split"),
         "quantization": (model.quantization, model.quantization is None, "remove quantization"),
         "kernels": (model.kernels, model.kernels == "auto", "remove kernels"),
+        "batching.speculative_tokens": (
+            model.batching.speculative_tokens,
+            model.batching.speculative_tokens in ("auto", 0),
+            "remove batching.speculative_tokens",
+        ),
     }
     for key, (written, fits, remedy) in reasons.items():
         if not fits:

@@ -24,6 +24,8 @@ Quantization = Literal["int8", "int4"]
 Kernels = Literal["auto", "native", "torch"]
 ToolParser = Literal["auto", "hermes", "llama3_json", "mistral"]
 
+AUTO_SPECULATIVE_TOKENS = 7
+"""``batching.speculative_tokens: auto``: with the token before them, half of a tile's rows on processors with AMX."""
 AUTO_KV_CONTEXTS = 8
 """``kv_cache.tokens: auto`` holds this many full contexts."""
 
@@ -55,7 +57,7 @@ class KvCacheSection(StrictModel):
 
 
 class BatchingSection(StrictModel):
-    """How many requests are computed together."""
+    """How many requests are computed together, and how many tokens of each."""
 
     max_running: Annotated[int, Field(ge=1, le=65536)] = 32
     """Sequences computed at the same time by one replica; a request has one per choice (``n``)."""
@@ -63,6 +65,9 @@ class BatchingSection(StrictModel):
     """Tokens of one step, decoding and prompts; larger is an earlier first token, smaller is steadier streams."""
     max_waiting: Annotated[int, Field(ge=0, le=1_000_000)] = 256
     """Sequences that may wait in one replica; a request that finds so many is refused with 429."""
+    speculative_tokens: Annotated[Auto | Annotated[int, Field(ge=0, le=64), OTHER], AUTO_OR_OTHER] = "auto"
+    """Guesses computed along with a token where a text repeats itself or its prompt; changes no answer, only speed.
+    ``auto`` is 7 with Manta's own engine; 0 is none."""
 
 
 class ModelResources(StrictModel):

@@ -5,7 +5,7 @@ Pure: the same config, versions and code digest give the same Plan, byte for byt
 
 from collections.abc import Mapping, Sequence
 
-from cluster.config.models import Engine, MantaEngine, ModelConfig
+from cluster.config.models import AUTO_SPECULATIVE_TOKENS, Engine, MantaEngine, ModelConfig
 from cluster.config.nodes import TRAIN_SLOT, NodeGroup, UriCode
 from cluster.config.schema import ClusterConfig
 from cluster.errors import PlanError
@@ -196,6 +196,7 @@ def _with_stages(
         max_running=model.batching.max_running,
         max_step_tokens=model.batching.max_step_tokens,
         max_waiting=model.batching.max_waiting,
+        speculative_tokens=_speculative_tokens(model),
         threads_per_stage=_auto_threads(model, nodes, len(ranges)) if threads == "auto" else threads,
         replica_cpus=model.resources.replica_cpus,
         stage_cpus=model.resources.stage_cpus,
@@ -267,6 +268,13 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
         kv_bytes=kv_bytes(facts, shape, stop - start),
         activation_bytes=activation_bytes(facts, shape, last=last) + engine_bytes,
     )
+
+
+def _speculative_tokens(model: ModelConfig) -> int:
+    if model.task != "generate" or model.engine.kind != "manta":
+        return 0
+    wanted = model.batching.speculative_tokens
+    return AUTO_SPECULATIVE_TOKENS if wanted == "auto" else wanted
 
 
 def _kernels_possible(model: ModelConfig) -> Kernels:

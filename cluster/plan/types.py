@@ -133,6 +133,8 @@ class ModelAppArgs(PlanModel):
     """Token budget of one step (decode tokens and prefill chunks together)."""
     max_waiting: int
     """Requests that may wait; one more is refused with 429."""
+    speculative_tokens: int
+    """Guesses that may be computed along with a sequence's next token."""
     threads_per_stage: int
     replica_cpus: float
     stage_cpus: float

@@ -28,6 +28,8 @@ COUNTERS: dict[str, tuple[str, Sequence[str]]] = {
     "manta_generation_tokens_total": ("Tokens generated for finished requests.", GATEWAY),
     "manta_prefix_cache_queries_total": ("Prompt tokens looked up in the prefix cache.", REPLICA),
     "manta_prefix_cache_hits_total": ("Prompt tokens found there.", REPLICA),
+    "manta_draft_tokens_total": ("Tokens guessed ahead, in texts that repeat themselves.", REPLICA),
+    "manta_accepted_tokens_total": ("Those that were right.", REPLICA),
     "manta_preemptions_total": ("Sequences whose blocks were taken back, to be recomputed.", REPLICA),
     "manta_recoveries_total": ("Times that streams went on after stages had been lost.", REPLICA),
     "manta_stages_replaced_total": ("Stage processes that were started in place of lost ones.", REPLICA),

@@ -63,6 +63,7 @@ class EngineConfig:
     min_decode_split: int = 2
     min_prefill_chunk: int = 64
     steps_ahead: Literal[0, 1] = 1
+    speculative_tokens: int = 0
     on_stage_failure: OnStageFailure = "refuse"
 
     def __post_init__(self) -> None:
@@ -288,15 +289,15 @@ class Engine(EngineLife):
     def _take(self, output: StepOutput) -> None:
         """Append the samples and decide who goes on; the rest of the work waits until the next step is sent."""
         self._sent_steps.pop(output.step, None)
-        for sequence, sample in self.scheduler.complete(output):
+        for sequence, samples in self.scheduler.complete(output):
             choice = self._choices.get(sequence.sequence_id)
             if choice is None:
                 continue  # another choice of its request has just ended it
-            if sample.problem is not None:
-                self._refuse_grammar(choice.request, sample.problem)
+            if samples[-1].problem is not None:
+                self._refuse_grammar(choice.request, samples[-1].problem)
                 continue
-            self._num_results += 1
-            if not choice.accept(sample):
+            self._num_results += len(samples)
+            if not choice.accept(samples):
                 self.scheduler.end(sequence)
             self._progressed.append(choice)
         self._telemetry.step_done(output.timing)
@@ -322,8 +323,9 @@ class Engine(EngineLife):
                 request.first_token_s = now
                 if not request.num_resumed_tokens:
                     self._telemetry.first_token(now - request.arrived_s)
-            request.num_completion_tokens += 1
-            request.events.put_nowait(choice.take_delta())
+            delta = choice.take_delta()
+            request.num_completion_tokens += len(delta.token_ids)
+            request.events.put_nowait(delta)
             if choice.finish_reason is not None:
                 request.num_open -= 1
                 if request.num_open == 0:
@@ -360,6 +362,8 @@ class Engine(EngineLife):
             num_preemptions=self.scheduler.num_preemptions,
             num_prefix_queries=self.scheduler.num_prefix_queries,
             num_prefix_hits=self.scheduler.num_prefix_hits,
+            num_draft_tokens=self.scheduler.num_draft_tokens,
+            num_accepted_tokens=self.scheduler.num_accepted_tokens,
             num_recoveries=self._num_recoveries,
             num_results=self._num_results,
             num_requests_done=self._num_done,
@@ -380,4 +384,5 @@ def _scheduler_config(config: EngineConfig, link: StageLink) -> SchedulerConfig:
         min_decode_split=config.min_decode_split,
         min_prefill_chunk=config.min_prefill_chunk,
         steps_ahead=config.steps_ahead,
+        speculative_tokens=config.speculative_tokens,
     )

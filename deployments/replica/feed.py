@@ -24,6 +24,8 @@ class Feed:
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
         self._max_running = max_running
         self._waiting: list[Sequence] = []
         self._running: dict[int, Sequence] = {}
@@ -92,7 +94,7 @@ class Feed:
         started = tuple(sequence.start() for sequence in admitted)
         return StepInput(step=self.num_steps, sequences=(), started=started, ended=ended)
 
-    def complete(self, output: StepOutput) -> list[tuple[Sequence, Sample]]:
+    def complete(self, output: StepOutput) -> list[tuple[Sequence, AnySequence[Sample]]]:
         """Take the oldest step's samples; returns those of sequences that go on, appended to them.
 
         Raises StepMismatch when the output is not the answer to the oldest step in flight.
@@ -101,13 +103,13 @@ class Feed:
             expected = self._in_flight[0] if self._in_flight else "none"
             raise StepMismatch(f"the engine answered step {output.step}; expected {expected}")
         self._in_flight.popleft()
-        taken = []
+        taken: list[tuple[Sequence, AnySequence[Sample]]] = []
         for sample in output.samples:
             sequence = self._running.get(sample.sequence_id)
             if sequence is not None:
                 sequence.tokens.append(sample.token_id)
                 sequence.num_computed = len(sequence.tokens)
-                taken.append((sequence, sample))
+                taken.append((sequence, (sample,)))
         return taken
 
     def reset(self, num_stages: int | None = None) -> None:  # noqa: ARG002 - it is always one

@@ -17,6 +17,10 @@ class EngineStats:
     """Prompt tokens looked up in the prefix cache."""
     num_prefix_hits: int = 0
     """Prompt tokens found there."""
+    num_draft_tokens: int = 0
+    """Tokens guessed, and computed along with a known one."""
+    num_accepted_tokens: int = 0
+    """Those that were right."""
     num_recoveries: int = 0
     """Times that lost stages were replaced."""
     num_results: int = 0

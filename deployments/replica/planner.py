@@ -18,6 +18,8 @@ class Planner(Protocol):
     num_preemptions: int
     num_prefix_queries: int
     num_prefix_hits: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
 
     @property
     def num_running(self) -> int:
@@ -52,8 +54,8 @@ class Planner(Protocol):
     def plan(self) -> StepInput | None:
         """The step to send now, if any."""
 
-    def complete(self, output: StepOutput) -> list[tuple[Sequence, Sample]]:
-        """Take the oldest step's samples; raises StepMismatch for any other step's."""
+    def complete(self, output: StepOutput) -> list[tuple[Sequence, AnySequence[Sample]]]:
+        """Take the oldest step's samples, some of each sequence; raises StepMismatch for any other step's."""
 
     def reset(self, num_stages: int | None = None) -> None:
         """Whoever computes is new and knows nothing."""

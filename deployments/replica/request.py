@@ -1,7 +1,7 @@
 """One request in the engine: samples enter, the messages its client sees leave, choice by choice."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from deployments.messages import (
     ChosenLogprob,
@@ -26,7 +26,7 @@ RequestEvent = Started | Delta | Finished | Refused
 class Choice:
     """One choice of a request: decides when it ends and turns its tokens into text.
 
-    A sample is taken in two halves, because the next step should be sent before text is made: :meth:`accept`
+    A step's samples are taken in two halves, because the next step should be sent before text is made: :meth:`accept`
     decides whether the choice goes on, :meth:`take_delta` makes the message. Only stop strings need the text
     for the first half.
     """
@@ -43,8 +43,9 @@ class Choice:
         self._stops = StopChecker(sampling.stop, include_stop=sampling.include_stop_str_in_output)
         self._stop_reason: str | int | None = None
         self._hide_token = False
-        self._sample: Sample | None = None
-        self._text: str | None = None
+        self._num_tokens = 0
+        self._samples: list[Sample] = []
+        self._text = ""
 
     def resume(self, emitted: EmittedChoice) -> bool:
         """Take the tokens that the client has from another replica; False when a choice that goes on cannot.
@@ -55,23 +56,26 @@ class Choice:
             self.sequence.tokens.append(token_id)
             if not emitted.ended:
                 self._check_token(token_id)
-                self._make_text(token_id)
+                self._make_text(token_id, hide=self._hide_token)
         if emitted.ended:
             self.sequence.state = SequenceState.FINISHED
         return emitted.ended or self.finish_reason is None
 
-    def accept(self, sample: Sample) -> bool:
-        """Take the token just appended to the sequence; False when the choice has ended with it."""
-        self._sample = sample
-        self._check_token(sample.token_id, ends_grammar=sample.ended)
-        if self.sequence.sampling.stop:
-            self._text = self._make_text(sample.token_id)
-        return self.finish_reason is None
+    def accept(self, samples: Iterable[Sample]) -> bool:
+        """Take the tokens just appended to the sequence, up to one that ends the choice; False when one did."""
+        for sample in samples:
+            self._samples.append(sample)
+            self._check_token(sample.token_id, ends_grammar=sample.ended)
+            if self.sequence.sampling.stop:
+                self._text += self._make_text(sample.token_id, hide=self._hide_token)
+            if self.finish_reason is not None:
+                return False
+        return True
 
     def _check_token(self, token_id: int, *, ends_grammar: bool = False) -> None:
         sequence, sampling = self.sequence, self.sequence.sampling
-        num_emitted = sequence.num_emitted
-        if num_emitted > sampling.min_tokens:
+        self._num_tokens += 1
+        if self._num_tokens > sampling.min_tokens:
             if token_id in sampling.stop_token_ids:
                 self._stop_reason = token_id
             if self._stop_reason is not None or token_id in sequence.eos_token_ids:
@@ -82,13 +86,12 @@ class Choice:
             self.finish_reason = "stop"
             is_end_token = token_id in self._tokenizer.eos_token_ids
             self._hide_token = is_end_token and not sampling.include_stop_str_in_output
-        elif num_emitted >= sampling.max_tokens:
+        elif self._num_tokens >= sampling.max_tokens:
             self.finish_reason = "length"
 
-    def _make_text(self, token_id: int) -> str:
-        sequence = self.sequence
-        piece = "" if self._hide_token else self._stream.push(token_id)
-        armed = sequence.num_emitted > sequence.sampling.min_tokens
+    def _make_text(self, token_id: int, *, hide: bool) -> str:
+        piece = "" if hide else self._stream.push(token_id)
+        armed = self._num_tokens > self.sequence.sampling.min_tokens
         text, stop = self._stops.feed(piece, armed=armed)
         if stop is not None:
             self.finish_reason = "stop"
@@ -98,19 +101,22 @@ class Choice:
         return text
 
     def take_delta(self) -> Delta:
-        """The message for the sample accepted last."""
-        sample = self._sample
-        assert sample is not None, "a delta needs a sample; this is a bug"
-        text = self._make_text(sample.token_id) if self._text is None else self._text
-        self._sample = self._text = None
+        """The message for the samples accepted since the one before."""
+        samples, text = self._samples, self._text
+        assert samples, "a delta needs a sample; this is a bug"
+        self._samples, self._text = [], ""
+        if not self.sequence.sampling.stop:
+            for sample in samples[:-1]:
+                text += self._make_text(sample.token_id, hide=False)
+            text += self._make_text(samples[-1].token_id, hide=self._hide_token)
         logprobs: tuple[ChosenLogprob, ...] = ()
         if self.sequence.sampling.logprobs is not None:
-            logprobs = (self._tokenizer.logprobs(sample),)
+            logprobs = tuple(self._tokenizer.logprobs(sample) for sample in samples)
         return Delta(
             request_id=self.request.request_id,
             index=self.sequence.choice,
             text=text,
-            token_ids=(sample.token_id,),
+            token_ids=tuple(sample.token_id for sample in samples),
             logprobs=logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,

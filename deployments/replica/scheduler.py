@@ -10,6 +10,9 @@ its sample is dropped. A sequence is thus in at most two sampling steps at a tim
 token being chosen (``max_tokens``) does not run ahead. What is chosen is the same either way: a token depends on the
 tokens before it, the seed, the choice and the position alone.
 
+Drafting: a sequence that repeats itself does not run ahead either. It takes guesses at its next tokens along, as many
+as there is room for, and those that are right are tokens for less than a step each.
+
 Why nobody starves: decoding goes first but always leaves a part of the budget to prompts (``decode_share``);
 sequences are admitted in order of arrival and one that does not fit blocks those behind it; when blocks run out the
 youngest sequence gives up its own, so the oldest always advances.
@@ -19,7 +22,8 @@ from bisect import insort
 from collections import deque
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import groupby
+from typing import Literal, NamedTuple
 
 from deployments.messages import Sample, StepInput, StepOutput
 from deployments.replica.blocks import BlockPool
@@ -40,6 +44,7 @@ class SchedulerConfig:
     ``min_decode_split``: decoding sequences are not spread so thin that a micro-batch has fewer than this, because
     a step over one costs about as much as a step over two. ``min_prefill_chunk``: likewise for prompt tokens.
     ``steps_ahead``: steps in flight beyond one per stage; with 0, a token is always known before its step is planned.
+    ``speculative_tokens``: drafts that a sequence may take along in one step; 0 for none.
     """
 
     num_stages: int
@@ -48,6 +53,7 @@ class SchedulerConfig:
     min_decode_split: int = 2
     min_prefill_chunk: int = 64
     steps_ahead: Literal[0, 1] = 1
+    speculative_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Raise ValueError for limits under which nothing could run."""
@@ -68,15 +74,19 @@ class SchedulerConfig:
         return 1 if self.num_stages == 1 else _PREFILL_PARTS_PER_STAGE * self.num_stages
 
 
+def decode_budget(config: SchedulerConfig, *, prompts_wait: bool) -> int:
+    """How many tokens of the next micro-batch decoding may take: all, but for the part of prompts that wait."""
+    reserve = max(1, config.max_step_tokens // _PREFILL_RESERVE) if prompts_wait else 0
+    return config.max_step_tokens - reserve
+
+
 def decode_share(config: SchedulerConfig, num_decoding: int, *, prompts_wait: bool) -> int:
     """How many decoding sequences the next micro-batch may take, of ``num_decoding`` in flight or ready.
 
-    An equal part per stage, so that with 2 stages and 8 sequences two micro-batches of 4 alternate. Prompts that
-    wait keep a part of the token budget.
+    An equal part per stage, so that with 2 stages and 8 sequences two micro-batches of 4 alternate.
     """
-    reserve = max(1, config.max_step_tokens // _PREFILL_RESERVE) if prompts_wait else 0
     share = _even_part(num_decoding, config.num_stages, config.min_decode_split)
-    return min(share, config.max_step_tokens - reserve)
+    return min(share, decode_budget(config, prompts_wait=prompts_wait))
 
 
 def prefill_share(config: SchedulerConfig, num_prompt_tokens: int) -> int:
@@ -94,11 +104,18 @@ def _even_part(amount: int, max_parts: int, min_part: int) -> int:
     return -(-amount // num_parts)
 
 
+class _Part(NamedTuple):
+    """A sequence in a micro-batch: known tokens (or the one being chosen), and guesses behind them."""
+
+    sequence: Sequence
+    num_tokens: int
+    drafts: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _InFlight:
     step: int
-    sampled: tuple[Sequence, ...]
-    num_tokens: int
+    sampled: tuple[_Part, ...]
 
 
 class Scheduler:
@@ -110,6 +127,8 @@ class Scheduler:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self.num_steps = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
         self._pool = pool
         self._waiting: list[Sequence] = []
         self._running: dict[int, Sequence] = {}
@@ -179,11 +198,14 @@ class Scheduler:
         """The next micro-batch, to be sent to every stage now; None when the pipeline is full or nothing can run."""
         if len(self._in_flight) >= self.config.max_in_flight:
             return None
-        parts = [(sequence, 1) for sequence in self._choose_decodes()]
-        parts += self._choose_prefills(self.config.max_step_tokens - len(parts))
+        num_preemptions = self.num_preemptions
+        parts = self._choose_decodes()
+        parts += self._choose_prefills(self.config.max_step_tokens - sum(1 + len(part.drafts) for part in parts))
+        if not parts and self.num_preemptions > num_preemptions:
+            return self.plan()  # all that was chosen gave up its own blocks; others are ready, and have room now
         return self._dispatch(parts) if parts else None
 
-    def _choose_decodes(self) -> list[Sequence]:
+    def _choose_decodes(self) -> list[_Part]:
         num_decoding = len(self._running) - len(self._prefilling)
         prompts_wait = bool(self._prefilling or self._waiting)
         share = decode_share(self.config, num_decoding, prompts_wait=prompts_wait)
@@ -191,7 +213,25 @@ class Scheduler:
         # Oldest first, so that a preemption never hits a sequence already extended here.
         extended = {sequence.sequence_id for sequence in sorted(candidates, key=_age) if self._extend(sequence)}
         # In the order they became ready, which is also how they will queue again: everybody gets the same share.
-        return [sequence for sequence in candidates if sequence.sequence_id in extended]
+        chosen = [sequence for sequence in candidates if sequence.sequence_id in extended]
+        num_spare = decode_budget(self.config, prompts_wait=prompts_wait) - len(chosen)
+        parts = []
+        for sequence in chosen:
+            parts.append(_Part(sequence, 1, self._draft(sequence, num_spare)))
+            num_spare -= len(parts[-1].drafts)
+        return parts
+
+    def _draft(self, sequence: Sequence, num_spare: int) -> tuple[int, ...]:
+        """What ``sequence`` takes along beyond its next position; nobody is preempted for it."""
+        num_left = sequence.sampling.max_tokens - sequence.num_emitted - 1
+        num_wanted = min(self.config.speculative_tokens, num_spare, num_left)
+        if num_wanted <= 0 or sequence.sample_steps or not sequence.drafter.is_confident:
+            return ()
+        drafts = sequence.drafter.draft(sequence.tokens, num_wanted)
+        num_missing = self._pool.num_needed(len(sequence.tokens) + len(drafts)) - len(sequence.blocks)
+        if num_missing > 0:
+            sequence.blocks += self._pool.allocate(num_missing) or ()
+        return drafts[: len(sequence.blocks) * self._pool.block_tokens - len(sequence.tokens)]
 
     def _decodable(self) -> list[Sequence]:
         """Sequences that this step may take one position further, those first that have waited longest.
@@ -228,15 +268,15 @@ class Scheduler:
         self.add(sequence)
         self.num_preemptions += 1
 
-    def _choose_prefills(self, budget: int) -> list[tuple[Sequence, int]]:
+    def _choose_prefills(self, budget: int) -> list[_Part]:
         num_unfinished = self._count_unfinished(budget * self.config.num_prefill_parts)
         left = min(budget, prefill_share(self.config, num_unfinished))
         parts = []
         for sequence in sorted(self._prefilling.values(), key=_age):
             if left == 0:
                 break
-            parts.append((sequence, min(left, sequence.num_uncomputed)))
-            left -= parts[-1][1]
+            parts.append(_Part(sequence, min(left, sequence.num_uncomputed)))
+            left -= parts[-1].num_tokens
         index = 0
         while left > 0 and index < len(self._waiting) and len(self._running) < self.config.max_running:
             sequence = self._waiting[index]
@@ -246,8 +286,8 @@ class Scheduler:
             if sequence.sample_steps or not self._admit(sequence):
                 break
             del self._waiting[index]
-            parts.append((sequence, min(left, sequence.num_uncomputed)))
-            left -= parts[-1][1]
+            parts.append(_Part(sequence, min(left, sequence.num_uncomputed)))
+            left -= parts[-1].num_tokens
         return parts
 
     def _count_unfinished(self, enough: int) -> int:
@@ -293,26 +333,25 @@ class Scheduler:
             self.num_prefix_queries += len(sequence.tokens)
             self.num_prefix_hits += sequence.num_computed
 
-    def _dispatch(self, parts: list[tuple[Sequence, int]]) -> StepInput:
+    def _dispatch(self, parts: list[_Part]) -> StepInput:
         self.num_steps += 1
         started = []
         steps = []
-        for sequence, num_tokens in parts:
+        for sequence, num_tokens, drafts in parts:
             if not sequence.announced:
                 started.append(sequence.start())
                 sequence.announced = True
-            steps.append(sequence.advance(num_tokens, self.num_steps))
+            steps.append(sequence.advance(num_tokens, self.num_steps, drafts))
             self._ready.pop(sequence.sequence_id, None)
             if steps[-1].sample:
                 self._prefilling.pop(sequence.sequence_id, None)
                 self._make_ready(sequence)
-        for sequence, _ in parts:
-            self._register(sequence)
+        for part in parts:
+            self._register(part.sequence)
         self._in_flight.append(
             _InFlight(
                 step=self.num_steps,
-                sampled=tuple(part[0] for part, step in zip(parts, steps, strict=True) if step.sample),
-                num_tokens=sum(num_tokens for _, num_tokens in parts),
+                sampled=tuple(part for part, step in zip(parts, steps, strict=True) if step.sample),
             )
         )
         ended, self._ended = tuple(self._ended), []
@@ -320,7 +359,7 @@ class Scheduler:
 
     def _make_ready(self, sequence: Sequence) -> None:
         """Let it queue for its next position, behind those that queue already."""
-        if sequence.sample_steps and not self.config.steps_ahead:
+        if sequence.sample_steps and (sequence.drafter.is_confident or not self.config.steps_ahead):
             return
         if sequence.may_decode:
             self._ready.setdefault(sequence.sequence_id, sequence)
@@ -336,7 +375,7 @@ class Scheduler:
             self._pool.register(sequence.blocks[index], sequence.digests[index])
         sequence.num_registered = num_full
 
-    def complete(self, output: StepOutput) -> list[tuple[Sequence, Sample]]:
+    def complete(self, output: StepOutput) -> list[tuple[Sequence, AnySequence[Sample]]]:
         """Take the oldest step's samples; returns those of live sequences, appended to them and ready to go on.
 
         Raises StepMismatch when the output is not the answer to the oldest step in flight.
@@ -345,19 +384,19 @@ class Scheduler:
             expected = self._in_flight[0].step if self._in_flight else "none"
             raise StepMismatch(f"the last stage answered step {output.step}; expected {expected}")
         done = self._in_flight.popleft()
-        wanted = [sequence.sequence_id for sequence in done.sampled]
-        if [sample.sequence_id for sample in output.samples] != wanted:
-            got = [sample.sequence_id for sample in output.samples]
-            raise StepMismatch(f"step {output.step} sampled sequences {got}; expected {wanted}")
         taken = []
-        for sequence, sample in zip(done.sampled, output.samples, strict=True):
+        for (sequence, _, drafts), samples in _match(done, output):
             if sequence.state is SequenceState.FINISHED:
                 continue
-            sequence.take(sample.token_id)
+            sequence.take(sample.token_id for sample in samples)
+            self.num_draft_tokens += len(drafts)
+            self.num_accepted_tokens += len(samples) - 1
+            if self.config.speculative_tokens:
+                sequence.drafter.read(sequence.tokens)
             if sequence.state is SequenceState.RUNNING:
                 self._register(sequence)
                 self._make_ready(sequence)
-            taken.append((sequence, sample))
+            taken.append((sequence, samples))
         return taken
 
     def reset(self, num_stages: int | None = None) -> None:
@@ -376,6 +415,18 @@ class Scheduler:
         self._pool.reset()
         if num_stages is not None:
             self.config = replace(self.config, num_stages=num_stages)
+
+
+def _match(done: _InFlight, output: StepOutput) -> list[tuple[_Part, AnySequence[Sample]]]:
+    """Each part that was to be sampled with its samples; raises StepMismatch for others, or too many of them."""
+    by_sequence = [(key, list(samples)) for key, samples in groupby(output.samples, key=lambda s: s.sequence_id)]
+    got = [(sequence_id, len(samples)) for sequence_id, samples in by_sequence]
+    most = [(part.sequence.sequence_id, 1 + len(part.drafts)) for part in done.sampled]
+    if len(got) != len(most) or any(
+        one[0] != other[0] or one[1] > other[1] for one, other in zip(got, most, strict=True)
+    ):
+        raise StepMismatch(f"step {output.step} sampled (sequence, tokens) {got}; expected {most} at most")
+    return [(part, samples) for part, (_, samples) in zip(done.sampled, by_sequence, strict=True)]
 
 
 def _age(sequence: Sequence) -> int:

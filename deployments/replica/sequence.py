@@ -10,9 +10,11 @@ choice and the position alone.
 """
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from deployments.messages import SamplingParams, SequenceStart, SequenceStep
+from deployments.replica.speculation import NgramDrafter
 
 
 class SequenceState(enum.Enum):
@@ -59,6 +61,7 @@ class Sequence:
     """The stages hold this sequence's SequenceStart."""
     num_cached: int | None = None
     """Prompt tokens that the prefix cache had when the sequence first ran; None before."""
+    drafter: NgramDrafter = field(default_factory=NgramDrafter)
 
     @property
     def num_emitted(self) -> int:
@@ -99,8 +102,11 @@ class Sequence:
             adapter=self.adapter,
         )
 
-    def advance(self, num_tokens: int, step: int) -> SequenceStep:
-        """Count the next ``num_tokens`` as computed by ``step``; asks for a sample when they are the last ones."""
+    def advance(self, num_tokens: int, step: int, drafts: tuple[int, ...] = ()) -> SequenceStep:
+        """Count the next ``num_tokens`` as computed by ``step``; asks for a sample when they are the last ones.
+
+        Then ``drafts`` may follow them, which do not count before :meth:`take` has told that they were right.
+        """
         start = self.num_computed
         stop = start + num_tokens
         chosen_in = self.sample_steps[-1] if start == len(self.tokens) else None
@@ -108,21 +114,29 @@ class Sequence:
         assert stop <= len(self.tokens) + (chosen_in is not None), "a step computes unknown tokens; this is a bug"
         self.num_computed = stop
         sample = stop >= len(self.tokens)
+        assert sample or not drafts, "a draft follows the last known token; this is a bug"
         if sample:
             self.sample_steps.append(step)
         return SequenceStep(
             sequence_id=self.sequence_id,
-            token_ids=tuple(self.tokens[start:stop]),
+            token_ids=(*self.tokens[start:stop], *drafts),
             position=start,
             block_ids=self.blocks,
             sample=sample,
             chosen_in=chosen_in,
             adapter=self.adapter,
+            num_drafts=len(drafts),
         )
 
-    def take(self, token_id: int) -> None:
-        """Append the token that the oldest of ``sample_steps`` brought; that step is no longer in flight."""
-        self.tokens.append(token_id)
+    def take(self, token_ids: Iterable[int]) -> None:
+        """Append what the oldest of ``sample_steps`` brought; that step is no longer in flight.
+
+        All but the last were its drafts, so their keys and values are in the cache, unless that was taken away.
+        """
+        num_before = len(self.tokens)
+        self.tokens.extend(token_ids)
+        if self.state is SequenceState.RUNNING:
+            self.num_computed += len(self.tokens) - num_before - 1
         del self.sample_steps[0]
 
     def reset_for_recompute(self) -> None:

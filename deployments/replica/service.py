@@ -73,6 +73,7 @@ _HARMLESS = (
     "max_running",
     "max_step_tokens",
     "max_waiting",
+    "speculative_tokens",
     "replica_cpus",
     "stage_cpus",
     "stage_memory",
@@ -303,6 +304,7 @@ def _engine_config(args: ModelAppArgs) -> EngineConfig:
         max_running=args.max_running,
         max_step_tokens=args.max_step_tokens,
         max_waiting=args.max_waiting,
+        speculative_tokens=args.speculative_tokens,
         on_stage_failure="hold",
     )
 

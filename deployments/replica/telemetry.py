@@ -48,4 +48,6 @@ class ReplicaTelemetry:
         self._metrics.count("manta_preemptions_total", stats.num_preemptions - before.num_preemptions)
         self._metrics.count("manta_prefix_cache_queries_total", stats.num_prefix_queries - before.num_prefix_queries)
         self._metrics.count("manta_prefix_cache_hits_total", stats.num_prefix_hits - before.num_prefix_hits)
+        self._metrics.count("manta_draft_tokens_total", stats.num_draft_tokens - before.num_draft_tokens)
+        self._metrics.count("manta_accepted_tokens_total", stats.num_accepted_tokens - before.num_accepted_tokens)
         self._metrics.flush()

@@ -124,8 +124,7 @@ def lay_out(sequences: Sequence[SequenceStep], cache: KVCache) -> StepLayout:
         token_ids.extend(sequence.token_ids)
         positions.extend(range(sequence.position, sequence.position + num_new))
         new_slots.append(context[sequence.position :])
-        if sequence.sample:
-            sample_rows.append(start + num_new - 1)
+        sample_rows.extend(range(start + num_new - sequence.num_logits, start + num_new))
         if num_new == 1:
             decoding.append((start, context))
         else:

@@ -115,13 +115,14 @@ class StageRunner:
         if not self._part.is_last:
             return output
         wanted = [sequence.sequence_id for sequence in step.sequences if sequence.sample]
-        return self._sampler.sample(wanted, output) if wanted else []
+        drafts = {sequence.sequence_id: sequence.drafts for sequence in step.sequences if sequence.num_drafts}
+        return self._sampler.sample(wanted, output, drafts) if wanted else []
 
     @torch.inference_mode()
     def compute(self, step: StepInput, hidden_TD: torch.Tensor | None, *, every_row: bool = False) -> torch.Tensor:
         """The model's part of :meth:`run`: activations, or on the last stage logits.
 
-        Logits [num_rows, vocab_size] are of the sequences that asked for a sample, in order; with ``every_row`` of
-        every token of the step.
+        Logits [num_rows, vocab_size] are of the sequences that asked for a sample, in order, one row for each draft
+        more; with ``every_row`` of every token of the step.
         """
         return self.slice.compute(step.sequences, hidden_TD, every_row)

@@ -9,7 +9,8 @@ Greedy rows of plain requests are chosen where the logits are; all else is NumPy
 which for a vocabulary of 49152 is five to ten times faster than torch's operators.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -148,20 +149,37 @@ class Sampler:
         """Forget a sequence; unknown ids are fine (it may have ended before it was ever sampled)."""
         self._sequences.pop(sequence_id, None)
 
-    def sample(self, sequence_ids: Sequence[int], logits_RV: torch.Tensor) -> list[Sample]:
-        """One token per row; KeyError for a sequence that was never started."""
-        rows = [self._sequences[sequence_id] for sequence_id in sequence_ids]
-        if logits_RV.device.type != "cpu" and all(row.is_plain for row in rows):
-            token_ids = torch.argmax(logits_RV, dim=-1).tolist()
-            return [_plain_sample(row, token_id) for row, token_id in zip(rows, token_ids, strict=True)]
-        logits = logits_RV.float().cpu().numpy()
-        token_ids = np.argmax(logits, axis=-1).tolist()
-        if len(self._scratch_V) != logits.shape[-1]:
-            self._scratch_V = np.empty(logits.shape[-1], dtype=np.float32)
-        return [
-            _plain_sample(row, token_id) if row.is_plain else _sample(row, logits_V, self._scratch_V)
-            for row, token_id, logits_V in zip(rows, token_ids, logits, strict=True)
-        ]
+    def sample(
+        self,
+        sequence_ids: Sequence[int],
+        logits_RV: torch.Tensor,
+        drafts: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
+    ) -> list[Sample]:
+        """One token of each sequence; of one that has ``drafts``, all up to the first that is not the draft there.
+
+        A sequence has one row, and one more after each draft. KeyError for a sequence that was never started.
+        """
+        sequences = [self._sequences[sequence_id] for sequence_id in sequence_ids]
+        if logits_RV.device.type != "cpu" and all(sequence.is_plain for sequence in sequences):
+            best, logits = torch.argmax(logits_RV, dim=-1).tolist(), None
+        else:
+            logits = logits_RV.float().cpu().numpy()
+            best = np.argmax(logits, axis=-1).tolist()
+            if len(self._scratch_V) != logits.shape[-1]:
+                self._scratch_V = np.empty(logits.shape[-1], dtype=np.float32)
+        samples: list[Sample] = []
+        first_row = 0
+        for sequence in sequences:
+            own_drafts = drafts.get(sequence.sequence_id, ())
+            for row, draft in enumerate((*own_drafts, None), start=first_row):
+                if logits is None or sequence.is_plain:
+                    samples.append(_plain_sample(sequence, best[row]))
+                else:
+                    samples.append(_sample(sequence, logits[row], self._scratch_V))
+                if samples[-1].token_id != draft or samples[-1].ended or samples[-1].problem is not None:
+                    break
+            first_row += len(own_drafts) + 1
+        return samples
 
 
 def _plain_sample(row: SequenceSampler, token_id: int) -> Sample:

@@ -33,7 +33,13 @@ class StepCompactor:
         self._num_blocks[part.sequence_id] = len(part.block_ids)
         new_block_ids = part.block_ids[num_known:] if len(part.block_ids) > num_known else ()
         return CompactPart(
-            part.sequence_id, part.token_ids, part.position, new_block_ids, part.sample, part.chosen_in
+            part.sequence_id,
+            part.token_ids,
+            part.position,
+            new_block_ids,
+            part.sample,
+            part.chosen_in,
+            part.num_drafts,
         )
 
 
@@ -67,5 +73,12 @@ class StepExpander:
             table = self._tables[part.sequence_id] = table + part.new_block_ids
         adapter = self._adapters[part.sequence_id]
         return SequenceStep(
-            part.sequence_id, part.token_ids, part.position, table, part.sample, part.chosen_in, adapter
+            part.sequence_id,
+            part.token_ids,
+            part.position,
+            table,
+            part.sample,
+            part.chosen_in,
+            adapter,
+            part.num_drafts,
         )

@@ -32,11 +32,21 @@ from deployments.stage.link import StageLostError
 EOS_PER_MILLE = 60
 
 
+SPELL_TOKENS = 12
+
+
 def next_token(history: Sequence[int], start: SequenceStart, vocab_size: int) -> tuple[int, float]:
-    """The token after ``history`` and its log-probability; greedy sequences ignore seed and choice."""
+    """The token after ``history`` and its log-probability; greedy sequences ignore seed and choice.
+
+    One with a bias repeats itself for a spell, then another way: the bias says after how many tokens.
+    """
     sampling = start.sampling
     randomness = () if sampling.temperature == 0.0 else (start.seed, start.choice)
-    digest = hashlib.blake2b(repr((tuple(history), randomness)).encode(), digest_size=16).digest()
+    read = tuple(history)
+    for period in map(int, sampling.logit_bias.values()):
+        position = len(history)
+        read = (position // SPELL_TOKENS, position % period)
+    digest = hashlib.blake2b(repr((read, randomness)).encode(), digest_size=16).digest()
     number = int.from_bytes(digest, "little")
     logprob = -float(1 + number % 7)
     banned = set()
@@ -138,6 +148,8 @@ class FakeStageLink:
         self.num_answered = 0
         self.num_ahead = 0
         """Positions asked for before their token was known."""
+        self.num_drafts = 0
+        self.num_right = 0
         self._vocab_size = vocab_size
         self._max_step_tokens = max_step_tokens
         self._fail_at_step = fail_at_step
@@ -260,13 +272,25 @@ class FakeStageLink:
         if step.step == self._fail_at_step:
             return StageFailed(step=step.step, message="the test asked for it")
         samples = [
-            self._sample_one(part, history)
+            sample
             for part, history in zip(step.sequences, histories, strict=True)
             if part.sample
+            for sample in self._sample_run(part, history)
         ]
         self._chosen[step.step] = {sample.sequence_id: sample.token_id for sample in samples}
         timing = StageTiming(self.num_stages - 1, 0.0, 0.0, 0.0)
         return StepOutput(step=step.step, samples=tuple(samples), timing=timing)
+
+    def _sample_run(self, part: SequenceStep, history: list[int]) -> list[Sample]:
+        samples = []
+        num_known = len(history) - part.num_drafts
+        for num_read, draft in enumerate((*part.drafts, None), start=num_known):
+            samples.append(self._sample_one(part, history[:num_read]))
+            if samples[-1].token_id != draft:
+                break
+        self.num_drafts += part.num_drafts
+        self.num_right += len(samples) - 1
+        return samples
 
     def _sample_one(self, part: SequenceStep, history: list[int]) -> Sample:
         known = self._sampled[part.sequence_id]

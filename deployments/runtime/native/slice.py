@@ -140,7 +140,9 @@ def _step_arrays(
     sampled: Iterable[int] = (
         range(first_rows[-1])
         if every_row
-        else (stop - 1 for sequence, stop in zip(sequences, first_rows[1:], strict=True) if sequence.sample)
+        else chain.from_iterable(
+            range(stop - sequence.num_logits, stop) for sequence, stop in zip(sequences, first_rows[1:], strict=True)
+        )
     )
     try:
         columns = {

@@ -302,6 +302,13 @@ MISTAKES = {
         "quantization int8",
         "remove quantization",
     ),
+    "vLLM with guesses": in_model(
+        "batching: {speculative_tokens: 4}\nengine: {kind: vllm, python: /opt/vllm/bin/python} #!",
+        "engine.kind",
+        "batching.speculative_tokens 4",
+        "remove batching.speculative_tokens",
+    ),
+    "too many guesses": in_model("batching: {speculative_tokens: 65} #!", "batching.speculative_tokens", "64", "64"),
     "vLLM for vectors": in_model(
         "task: embed\nengine: {kind: vllm, python: /opt/vllm/bin/python} #!", "engine.kind", "task embed", "generate"
     ),

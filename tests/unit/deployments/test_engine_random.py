@@ -45,6 +45,7 @@ def client(draw, request_id):
         stop=tuple(draw(st.lists(st.text("!#$%&", min_size=1, max_size=3), max_size=2))),
         stop_token_ids=tuple(draw(st.lists(st.integers(2, 11), max_size=1))),
         logprobs=draw(st.sampled_from([None, 0, 2])),
+        logit_bias=draw(st.sampled_from([{}, {0: 1.0}, {0: 2.0}, {0: 3.0}])),  # repeats itself; see fake_stage
     )
     leaves_after = draw(st.one_of(st.none(), st.none(), st.integers(1, 8)))
     return Client(request, draw(st.integers(0, 40)), leaves_after)
@@ -60,6 +61,7 @@ engine_configs = st.builds(
     min_decode_split=st.integers(1, 3),
     min_prefill_chunk=st.integers(1, 8),
     steps_ahead=st.sampled_from([1, 1, 0]),
+    speculative_tokens=st.sampled_from([0, 1, 4, 9]),
     on_stage_failure=st.just("hold"),
 )
 

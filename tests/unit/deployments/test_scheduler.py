@@ -228,6 +228,16 @@ def test_out_of_blocks_the_youngest_gives_way_and_comes_back():
     assert (step.started[0].num_prompt_tokens, step.sequences[0].position) == (7, 0)
 
 
+def test_one_that_gives_up_its_own_blocks_lets_another_go_on():
+    bench = Bench(num_stages=1, num_blocks=6, prefix_caching=False, max_step_tokens=2)
+    old, young = bench.add(6), bench.add(6, first=500)
+    bench.add(20, first=900)  # waits, so that only one sequence decodes in a step
+    while young.state is not SequenceState.WAITING or young.num_emitted == 0:
+        assert bench.plan() is not None, "somebody is ready, and there is room"
+        bench.answer()
+    assert old.num_emitted > young.num_emitted
+
+
 def test_a_preempted_sequence_takes_its_sample_in_flight_and_only_then_comes_back():
     bench = Bench(num_blocks=7, num_stages=3, max_step_tokens=32, prefix_caching=False)
     other, old, young = bench.add(3), bench.add(8, first=300), bench.add(3, first=500)
