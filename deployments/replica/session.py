@@ -1,13 +1,14 @@
 """One gateway's conversation with this replica: requests in, replies out, until the gateway leaves.
 
 What the requests of a connection say in one turn of the event loop, which is what one step of the engine brought,
-leaves in one frame. With many of them, tokens after a request's first wait a little for those of the next step.
+leaves in one frame. With many of them, tokens after a choice's first wait a little for those of the next step.
 """
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from typing import Protocol
 
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 LOAD_PERIOD_S = 1.0
 MANY_STREAMS = 16
-"""With so many requests open, tokens of several steps travel together: half the wakings, writes and events."""
+"""With so many requests open on one connection, tokens of several steps travel together: fewer wakings, writes and
+events. Not where a step takes longer than a token would wait."""
 PATIENCE_S = 0.04
 """How long a token waits for others then; 25 times a second reads as a flow."""
 
@@ -94,8 +96,9 @@ class Outbox:
             self._release_due = asyncio.get_running_loop().call_later(PATIENCE_S, self._release)
 
     def forget(self, request_id: str) -> None:
-        """What is held of a cancelled request is not sent: its id may soon be that of another attempt."""
+        """What waits of a cancelled request is not sent: its id may soon be that of another attempt."""
         self._held.pop(request_id, None)
+        self._replies = [reply for reply in self._replies if reply.request_id != request_id]
 
     def _release(self) -> None:
         if self._release_due is not None:
@@ -112,6 +115,11 @@ class Outbox:
         if self._replies:
             replies, self._replies = self._replies, []
             self._channel.send_nowait(Replies(replies=tuple(replies)))
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        if self._release_due is not None:
+            self._release_due.cancel()
 
     async def send_forever(self) -> None:
         """One frame after another; a gateway that lags gets fewer and larger ones. Raises ChannelError."""
@@ -131,6 +139,7 @@ class GatewaySession:
         self._service = service
         self._outbox = Outbox(channel)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Serve until the gateway leaves; a message that does not belong here ends the conversation."""
@@ -151,15 +160,17 @@ class GatewaySession:
         except ChannelError:
             return  # the gateway is gone; what it had asked for is cancelled below
         finally:
-            tasks = (*own, *self._tasks.values())
+            tasks = (*own, *self._tasks.values(), *self._cancelled)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._outbox.close()
 
     def _cancel(self, request_id: str) -> None:
-        task = self._tasks.get(request_id)
+        task = self._tasks.pop(request_id, None)  # the id is free: the next message may be another attempt
         if task is not None:
             task.cancel()
+            self._cancelled.add(task)
             self._outbox.forget(request_id)
 
     def _begin(self, request: Asked) -> None:
@@ -170,7 +181,12 @@ class GatewaySession:
             return
         task = asyncio.create_task(self._answer(request))
         self._tasks[request.request_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
+        task.add_done_callback(lambda task: self._drop(request.request_id, task))
+
+    def _drop(self, request_id: str, task: asyncio.Task[None]) -> None:
+        self._cancelled.discard(task)
+        if self._tasks.get(request_id) is task:
+            del self._tasks[request_id]
 
     async def _answer(self, request: Asked) -> None:
         begin = time.monotonic()
@@ -211,14 +227,16 @@ class GatewaySession:
 
     async def _stream(self, request: Generate) -> None:
         events = self._service.generate(request)
-        begun = False
+        last_s: dict[int, float] = {}
         try:
             async for event in events:
-                if begun and len(self._tasks) >= MANY_STREAMS and _can_wait(event):
+                now = time.monotonic()
+                if len(self._tasks) >= MANY_STREAMS and _can_wait(event, last_s, now):
                     self._outbox.hold(event)
                 else:
                     self._outbox.put(event)
-                begun = begun or isinstance(event, Delta)
+                if isinstance(event, Delta) and event.text:
+                    last_s[event.index] = now
         finally:
             await events.aclose()
 
@@ -239,5 +257,8 @@ class GatewaySession:
             await asyncio.sleep(LOAD_PERIOD_S)
 
 
-def _can_wait(event: StreamReply) -> bool:
-    return isinstance(event, Delta) and event.finish_reason is None
+def _can_wait(event: StreamReply, last_s: Mapping[int, float], now: float) -> bool:
+    """Not what begins or ends a choice, nor what comes so long after the text before (``last_s``) that it was late."""
+    if not isinstance(event, Delta) or event.finish_reason is not None:
+        return False
+    return now - last_s.get(event.index, -math.inf) < PATIENCE_S

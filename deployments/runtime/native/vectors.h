@@ -19,8 +19,8 @@ inline __m512 from_bf16(const uint16_t* source) {
 
 inline __m256i to_bf16(__m512 value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)); }
 
-// 2^x with a relative error of 3e-6, far less than what the result is rounded to; 0 far below -126 (also for minus
-// infinity). The polynomial is the minimax one over [0, 1).
+// 2^x with a relative error of 3e-6, far less than what the result is rounded to (bfloat16, or 15 bits where weights are
+// quantized); 0 far below -126, also for minus infinity; NaN for NaN. The polynomial is the minimax one over [0, 1).
 inline __m512 exp2_of(__m512 x) {
   const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x minus its floor
   __m512 sum = _mm512_set1_ps(1.342668427e-02f);

@@ -2,12 +2,13 @@ import asyncio
 from collections import defaultdict
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
 from deployments.channel import Channel, Listener
-from deployments.messages import Delta, Finished, Load, Opened, Replies, Started
-from deployments.replica.session import MANY_STREAMS, PATIENCE_S, GatewaySession, Outbox
-from tests.support.engine_runs import generate, ticks
+from deployments.messages import Cancel, Delta, Finished, Load, Opened, Replies, Started
+from deployments.replica.session import MANY_STREAMS, PATIENCE_S, GatewaySession, Outbox, _can_wait
+from tests.support.engine_runs import generate, ticks, until
 
 NUM_TOKENS = 12
 
@@ -113,6 +114,88 @@ async def test_a_token_that_waits_leaves_in_time_though_no_other_comes():
         service.released.set()
 
 
+class SpeakingService:
+    """Each request says what the test puts into its queue."""
+
+    def __init__(self) -> None:
+        self.queues: dict[str, asyncio.Queue] = defaultdict(asyncio.Queue)
+        self.num_left = 0
+
+    async def generate(self, request):
+        try:
+            while True:
+                yield await self.queues[request.request_id].get()
+        finally:
+            self.num_left += 1
+
+    def load(self):
+        return Load(num_running=0, num_waiting=0, num_waiting_tokens=0, kv_used_fraction=0.0, draining=False)
+
+
+@pytest.fixture
+def endless_patience(monkeypatch):
+    """What is held does not leave by itself."""
+    monkeypatch.setattr("deployments.replica.session.PATIENCE_S", 1000.0)
+
+
+async def next_replies(channel):
+    return await asyncio.wait_for(anext(frames(channel)), 10)
+
+
+async def begin_all(service, channel, num_streams):
+    """Until the last stream has spoken, and so all are open."""
+    first = delta(f"r{num_streams - 1}", 0)
+    service.queues[first.request_id].put_nowait(first)
+    assert await next_replies(channel) == (first,)
+
+
+@pytest.mark.usefixtures("endless_patience")
+async def test_a_choices_first_and_last_token_leave_at_once_and_what_is_between_waits_for_them():
+    service = SpeakingService()
+    async with conversation(service, MANY_STREAMS) as channel:
+        await begin_all(service, channel, MANY_STREAMS)
+        speak = service.queues["r0"].put_nowait
+        for index in range(2):
+            first = delta("r0", 1, index)
+            speak(first)
+            assert await next_replies(channel) == (first,)
+        between = [delta("r0", number, number % 2) for number in range(2, 6)]
+        last = msgspec.structs.replace(delta("r0", 6), finish_reason="stop")
+        for reply in (*between, last):
+            speak(reply)
+        assert await next_replies(channel) == (*between, last), "Finished is yet to come"
+
+
+@pytest.mark.usefixtures("endless_patience")
+async def test_with_few_streams_nothing_waits():
+    service = SpeakingService()
+    async with conversation(service, MANY_STREAMS - 1) as channel:
+        await begin_all(service, channel, MANY_STREAMS - 1)
+        for number in range(3):
+            service.queues["r0"].put_nowait(delta("r0", number))
+            assert await next_replies(channel) == (delta("r0", number),)
+
+
+@pytest.mark.usefixtures("endless_patience")
+async def test_a_cancelled_request_says_nothing_more():
+    service = SpeakingService()
+    async with conversation(service, MANY_STREAMS + 1) as channel:
+        await begin_all(service, channel, MANY_STREAMS + 1)
+        for number in range(3):
+            service.queues["r0"].put_nowait(delta("r0", number))
+        assert await next_replies(channel) == (delta("r0", 0),)
+        await channel.send(Cancel(request_id="r0"))
+        await channel.send(generate("r0"))
+        await until(lambda: service.num_left == 1)
+        service.queues["r0"].put_nowait(delta("r0", 7))
+        assert await next_replies(channel) == (delta("r0", 7),), "what waited is gone, and this is a first token"
+
+
+def test_a_token_of_a_slow_step_does_not_wait():
+    assert _can_wait(delta("a", 2), {0: 10.0}, 10.0 + PATIENCE_S / 2)
+    assert not _can_wait(delta("a", 2), {0: 10.0}, 10.0 + PATIENCE_S * 2)
+
+
 class Wire:
     """Keeps the frames that are sent."""
 
@@ -126,8 +209,8 @@ class Wire:
         self.frames.append(message.replies)
 
 
-def delta(request_id, number):
-    return Delta(request_id=request_id, index=0, text="x", token_ids=(number,))
+def delta(request_id, number, index=0):
+    return Delta(request_id=request_id, index=index, text="x", token_ids=(number,))
 
 
 async def test_what_cannot_wait_takes_along_what_waits_of_its_request_alone():
@@ -140,7 +223,10 @@ async def test_what_cannot_wait_takes_along_what_waits_of_its_request_alone():
     await ticks(5)
     assert wire.frames == [(delta("a", 1), delta("a", 2))]
     outbox.hold(delta("c", 1))
+    outbox.put(delta("d", 1))
     outbox.forget("c")
+    outbox.forget("d")
     outbox.flush()
     assert wire.frames[1:] == [(delta("b", 1),)]
     sender.cancel()
+    await asyncio.gather(sender, return_exceptions=True)
