@@ -258,7 +258,7 @@ class GatewaySession:
 
 
 def _can_wait(event: StreamReply, last_s: Mapping[int, float], now: float) -> bool:
-    """Not what begins or ends a choice, nor what comes so long after the text before (``last_s``) that it was late."""
+    """Not what begins or ends a choice, nor what took so long after the text before (``last_s``) that it is late."""
     if not isinstance(event, Delta) or event.finish_reason is not None:
         return False
     return now - last_s.get(event.index, -math.inf) < PATIENCE_S

@@ -102,6 +102,25 @@ async def test_running_ahead_changes_no_token(model, borders: list[int]) -> None
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("borders", [[0, 4], [0, 1, 3, 4]])
+async def test_drafts_change_no_token(model, borders: list[int]) -> None:
+    directory, _ = model
+    runners = load_runners(directory, borders, num_blocks=192)
+    seen = []
+    for speculative_tokens in (0, 6):
+        async with serve_stages(runners) as (link, _):
+            engine = Engine(config(num_blocks=192, speculative_tokens=speculative_tokens), tiny_text(), link)
+            await engine.start()
+            runs = [
+                run(engine, i, p, n=1 + i % 2, seed=i, max_tokens=60, temperature=0.3 * (i % 3), logprobs=1)
+                for i, p in enumerate(PROMPTS)
+            ]
+            seen.append(await asyncio.gather(*runs))
+            assert (engine.stats().num_accepted_tokens > 20) == bool(speculative_tokens)
+            await engine.stop()
+    assert seen[0] == seen[1]
+
+
 async def test_seeded_sampling_does_not_depend_on_company(model) -> None:
     directory, _ = model
     params = {"temperature": 1.0, "seed": 42, "n": 3, "top_p": 0.9}

@@ -86,7 +86,10 @@ def test_only_rows_that_sample_have_logits(directory: Path) -> None:
     slices = load_native(directory, [0, 2])
     step = [SequenceStep(0, (5, 6), 0, (3,), False), SequenceStep(1, (7, 8, 9), 0, (4,), True)]
     logits = run_through(slices, step)
-    assert torch.equal(logits, all_logits(slices, [7, 8, 9], blocks=(5,))[-1:])
+    alone = all_logits(slices, [7, 8, 9], blocks=(5,))
+    assert torch.equal(logits, alone[-1:])
+    drafted = [SequenceStep(0, (5, 6), 0, (3,), True), SequenceStep(1, (7, 8, 9), 0, (4,), True, num_drafts=1)]
+    assert torch.equal(run_through(slices, drafted)[1:], alone[-2:])
     assert run_through(slices, step[:1]).shape == (0, 320)
     assert run_through(slices, []).shape == (0, 320)
 
