@@ -245,6 +245,7 @@ def _stage(index: int, layers: Range, facts: ModelFacts, model: ModelConfig) -> 
         kernels=_kernels_possible(model),
         max_step_tokens=model.batching.max_step_tokens,
         max_running=model.batching.max_running,
+        speculative_tokens=_speculative_tokens(model),
         num_blocks=model.num_kv_blocks,
         block_tokens=model.kv_cache.block_tokens,
     )

@@ -32,8 +32,19 @@ class StepShape:
     """``auto`` counts what the hungrier of the two needs."""
     max_step_tokens: int
     max_running: int
+    speculative_tokens: int = 0
     num_blocks: int
     block_tokens: int
+
+    @property
+    def max_logits(self) -> int:
+        """Rows of logits: one for each sequence, and one for each draft."""
+        return self.max_running + max_step_drafts(self.max_running, self.speculative_tokens)
+
+
+def max_step_drafts(max_running: int, speculative_tokens: int) -> int:
+    """Drafts of one step, of all sequences together: as many as sequences, so that logits take twice the memory."""
+    return max(max_running, speculative_tokens) if speculative_tokens else 0
 
 
 def weight_bytes(
@@ -112,7 +123,7 @@ def _torch_activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool) 
     """Of transformers' modules.
 
     Either one layer (residual and its copy, queries, keys, values, attention output, the two halves of the MLP, and
-    the keys and values gathered from their blocks), or, on the last stage, the logits: one row per sequence in the
+    the keys and values gathered from their blocks), or, on the last stage, the logits: a row per sequence and draft in the
     model's dtype and twice in float32, where sampling works. The two never exist together.
 
     Decoding gathers contexts of different lengths into batches whose padded area is at most twice their tokens, so
@@ -125,7 +136,7 @@ def _torch_activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool) 
     if facts.task == "generate":
         gathered = _MAX_PADDING * shape.num_blocks * shape.block_tokens * kv_bytes_per_token(facts, shape.dtype)
     layer = shape.max_step_tokens * per_token * size + gathered
-    logits = shape.max_running * facts.vocab_size * (size + 2 * _FLOAT32_BYTES)
+    logits = shape.max_logits * facts.vocab_size * (size + 2 * _FLOAT32_BYTES)
     return max(layer, logits) if last else layer
 
 
@@ -141,5 +152,5 @@ def _native_activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool)
     inputs = (_BF16_INPUT if shape.quantization is None else _INTEGER_INPUT) * (
         facts.hidden_size + queries + facts.intermediate_size
     )
-    logits = shape.max_running * facts.vocab_size * 3 * _FLOAT32_BYTES if last else 0
+    logits = shape.max_logits * facts.vocab_size * 3 * _FLOAT32_BYTES if last else 0
     return shape.max_step_tokens * (wide + inputs) + logits

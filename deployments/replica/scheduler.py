@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal, NamedTuple
 
+from cluster.plan.memory import max_step_drafts
 from deployments.messages import Sample, StepInput, StepOutput
 from deployments.replica.blocks import BlockPool
 from deployments.replica.sequence import Sequence, SequenceState
@@ -44,7 +45,8 @@ class SchedulerConfig:
     ``min_decode_split``: decoding sequences are not spread so thin that a micro-batch has fewer than this, because
     a step over one costs about as much as a step over two. ``min_prefill_chunk``: likewise for prompt tokens.
     ``steps_ahead``: steps in flight beyond one per stage; with 0, a token is always known before its step is planned.
-    ``speculative_tokens``: drafts that a sequence may take along in one step; 0 for none.
+    ``speculative_tokens``: drafts that a sequence may take along in one step; 0 for none. The plan's memory bounds those
+    of all sequences together.
     """
 
     num_stages: int
@@ -214,7 +216,10 @@ class Scheduler:
         extended = {sequence.sequence_id for sequence in sorted(candidates, key=_age) if self._extend(sequence)}
         # In the order they became ready, which is also how they will queue again: everybody gets the same share.
         chosen = [sequence for sequence in candidates if sequence.sequence_id in extended]
-        num_spare = decode_budget(self.config, prompts_wait=prompts_wait) - len(chosen)
+        num_spare = min(
+            decode_budget(self.config, prompts_wait=prompts_wait) - len(chosen),
+            max_step_drafts(self.config.max_running, self.config.speculative_tokens),
+        )
         parts = []
         for sequence in chosen:
             parts.append(_Part(sequence, 1, self._draft(sequence, num_spare)))

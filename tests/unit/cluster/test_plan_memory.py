@@ -63,6 +63,13 @@ def test_many_sampled_rows_make_the_logits_the_largest_tensor_of_the_last_stage_
     assert activation_bytes(facts(), busy, last=False) == activation_bytes(facts(), SHAPE, last=False)
 
 
+def test_drafts_have_logits_too_but_no_more_than_sequences():
+    shape = {"dtype": "bfloat16", "max_step_tokens": 512, "num_blocks": 1024, "block_tokens": 16}
+    drafting = StepShape(**shape, max_running=512, speculative_tokens=7)
+    assert activation_bytes(facts(), drafting, last=True) == 1024 * 49152 * (2 + 4 + 4)
+    assert StepShape(**shape, max_running=1, speculative_tokens=7).max_logits == 8
+
+
 def test_decoding_gathers_at_most_twice_the_tokens_of_the_pool():
     larger = StepShape(dtype="bfloat16", max_step_tokens=512, max_running=32, num_blocks=1025, block_tokens=16)
     more = activation_bytes(facts(), larger, last=False) - activation_bytes(facts(), SHAPE, last=False)

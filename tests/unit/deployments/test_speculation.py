@@ -123,6 +123,20 @@ def test_drafts_stay_within_the_budget_and_leave_prompts_their_part() -> None:
     assert (decoding.num_drafts, prompt.num_tokens) == (2, 1)
 
 
+def test_the_drafts_of_a_step_are_no_more_than_the_sequences_it_may_have() -> None:
+    bench = Bench(max_running=2, speculative_tokens=3, max_step_tokens=64)
+    assert bench.scheduler.plan().sequences[0].num_drafts == 3, "one sequence may have all it wants"
+    link = link_for(settings_ := config(max_running=4, speculative_tokens=3, max_step_tokens=64, num_blocks=128), 1)
+    requests = [generate(f"r{i}", range(2, 5 + i), max_tokens=40, logit_bias={0: 1.0}) for i in range(4)]
+
+    async def serve() -> None:
+        async with running(Engine(settings_, TEXT, link)) as engine:
+            await asyncio.gather(*(collect(engine, each) for each in requests))
+
+    asyncio.run(serve())
+    assert max(sum(part.num_drafts for part in step.sequences) for step in link.sent) == 4
+
+
 def test_nobody_loses_blocks_for_a_draft() -> None:
     bench = Bench(num_blocks=3)
     assert len(bench.sequence.tokens) == 10
