@@ -123,8 +123,8 @@ def _torch_activation_bytes(facts: ModelFacts, shape: StepShape, *, last: bool) 
     """Of transformers' modules.
 
     Either one layer (residual and its copy, queries, keys, values, attention output, the two halves of the MLP, and
-    the keys and values gathered from their blocks), or, on the last stage, the logits: a row per sequence and draft in the
-    model's dtype and twice in float32, where sampling works. The two never exist together.
+    the keys and values gathered from their blocks), or, on the last stage, the logits: a row per sequence and draft
+    in the model's dtype and twice in float32, where sampling works. The two never exist together.
 
     Decoding gathers contexts of different lengths into batches whose padded area is at most twice their tokens, so
     twice the tokens of the pool are counted.

@@ -45,8 +45,8 @@ class SchedulerConfig:
     ``min_decode_split``: decoding sequences are not spread so thin that a micro-batch has fewer than this, because
     a step over one costs about as much as a step over two. ``min_prefill_chunk``: likewise for prompt tokens.
     ``steps_ahead``: steps in flight beyond one per stage; with 0, a token is always known before its step is planned.
-    ``speculative_tokens``: drafts that a sequence may take along in one step; 0 for none. The plan's memory bounds those
-    of all sequences together.
+    ``speculative_tokens``: drafts that a sequence may take along in one step; 0 for none. The plan's memory bounds
+    those of all sequences together.
     """
 
     num_stages: int

@@ -171,7 +171,7 @@ def _throughput(peer: str, **bounds: float) -> tuple[Goal, ...]:
 
 
 GOALS = (
-    Goal(workload="W1", peer="vllm", measure="tok/s", bound=2.0, weights=("bf16", "bf16 2x1")),
+    Goal(workload="W1", peer="vllm", measure="tok/s", bound=2.0, weights=("bf16", "bf16 undrafted", "bf16 2x1")),
     Goal(workload="W1", peer="vllm", measure="tok/s", bound=3.5, weights=QUANTIZED),
     Goal(workload="W1", peer="llama.cpp", measure="tok/s", bound=1.0, weights=QUANTIZED),
     *_throughput("vllm", W2=1.3, W3=1.3, W4=1.3, W5=1.2, W6=1.3),

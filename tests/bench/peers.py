@@ -47,6 +47,7 @@ from tests.bench.workloads import WORKLOADS, PromptSource, Workload
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"pipeline": {"stages": 1}},
+    "bf16 undrafted": {"pipeline": {"stages": 1}, "batching": {"speculative_tokens": 0}},
     "int8": {"pipeline": {"stages": 1}, "quantization": "int8"},
     "int4": {"pipeline": {"stages": 1}, "quantization": "int4"},
     "bf16 2x1": {"pipeline": {"stages": 2, "threads": 1}},
