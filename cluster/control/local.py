@@ -225,9 +225,8 @@ class LocalRay:
 def ray_environment(current: Mapping[str, str], metric_ports: list[int]) -> dict[str, str]:
     """Environment of ``ray start``, which all its processes inherit: the current one, and what Ray reads there."""
     kept = {name: value for name, value in current.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-    kept.setdefault(
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5"
-    )  # 0.1 takes Serve's idle controller five times as often
+    # Serve's controller looks every 0.1 s by default, which takes a fifth more of an idle stack's processor time.
+    kept.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     return kept | {
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 _NGRAM_TOKENS = 3
 _MIN_RIGHT = 2  # guesses right in a row; drafting costs running ahead, which most texts gain more from
+_MAX_PROMPT_TOKENS = 4096  # the last ones; remembering one takes about 200 bytes
 
 
 class NgramDrafter:
@@ -29,10 +30,11 @@ class NgramDrafter:
         return self._num_right >= _MIN_RIGHT
 
     def read(self, tokens: Sequence[int]) -> None:
-        """Take in what is new of ``tokens``, which only ever grow; the first time, that is all of them."""
+        """Take in what is new of ``tokens``, which only ever grow; the first time, that is the end of the prompt."""
         if self._num_read == 0:
-            ngrams = zip(*(tokens[start:] for start in range(_NGRAM_TOKENS)), strict=False)
-            self._position_after.update(zip(ngrams, range(_NGRAM_TOKENS, len(tokens)), strict=False))
+            first = max(0, len(tokens) - _MAX_PROMPT_TOKENS)
+            ngrams = zip(*(tokens[first + start :] for start in range(_NGRAM_TOKENS)), strict=False)
+            self._position_after.update(zip(ngrams, range(first + _NGRAM_TOKENS, len(tokens)), strict=False))
         else:
             for position in range(max(self._num_read, _NGRAM_TOKENS), len(tokens)):
                 self._read_one(tokens, position)

@@ -52,6 +52,15 @@ def test_what_a_prompt_has_is_guessed_when_the_answer_quotes_it() -> None:
     assert reader(tokens, 8).draft(tokens, 2) == (16, 17)
 
 
+def test_of_a_long_prompt_the_end_is_remembered() -> None:
+    begin, end = [11, 12, 13, 14, 15, 16, 17, 18], [21, 22, 23, 24, 25, 26, 27, 28]
+    prompt = [*begin, *range(100, 5000), *end]
+    quoted = [*prompt, 99, *end[:6]]
+    assert reader(quoted, len(prompt)).draft(quoted, 2) == (27, 28)
+    quoted = [*prompt, 99, *begin[:6]]
+    assert not reader(quoted, len(prompt)).is_confident
+
+
 def test_the_latest_continuation_counts() -> None:
     tokens = [1, 2, 3, 4, 0, 1, 2, 3, 5, 0, 1, 2, 3, 5, 0]
     assert reader(tokens, 3).draft(tokens, 3) == (1, 2, 3)
