@@ -10,8 +10,8 @@ its sample is dropped. A sequence is thus in at most two sampling steps at a tim
 token being chosen (``max_tokens``) does not run ahead. What is chosen is the same either way: a token depends on the
 tokens before it, the seed, the choice and the position alone.
 
-Drafting: a sequence that repeats itself does not run ahead either. It takes guesses at its next tokens along, as many
-as there is room for, and those that are right are tokens for less than a step each.
+Drafting: a sequence that repeats itself does not run ahead either. In a step without prompts it takes guesses at its
+next tokens along, as many as there is room for, and those that are right are tokens for less than a step each.
 
 Why nobody starves: decoding goes first but always leaves a part of the budget to prompts (``decode_share``);
 sequences are admitted in order of arrival and one that does not fit blocks those behind it; when blocks run out the
@@ -76,19 +76,15 @@ class SchedulerConfig:
         return 1 if self.num_stages == 1 else _PREFILL_PARTS_PER_STAGE * self.num_stages
 
 
-def decode_budget(config: SchedulerConfig, *, prompts_wait: bool) -> int:
-    """How many tokens of the next micro-batch decoding may take: all, but for the part of prompts that wait."""
-    reserve = max(1, config.max_step_tokens // _PREFILL_RESERVE) if prompts_wait else 0
-    return config.max_step_tokens - reserve
-
-
 def decode_share(config: SchedulerConfig, num_decoding: int, *, prompts_wait: bool) -> int:
     """How many decoding sequences the next micro-batch may take, of ``num_decoding`` in flight or ready.
 
-    An equal part per stage, so that with 2 stages and 8 sequences two micro-batches of 4 alternate.
+    An equal part per stage, so that with 2 stages and 8 sequences two micro-batches of 4 alternate. Prompts that
+    wait keep a part of the token budget.
     """
+    reserve = max(1, config.max_step_tokens // _PREFILL_RESERVE) if prompts_wait else 0
     share = _even_part(num_decoding, config.num_stages, config.min_decode_split)
-    return min(share, decode_budget(config, prompts_wait=prompts_wait))
+    return min(share, config.max_step_tokens - reserve)
 
 
 def prefill_share(config: SchedulerConfig, num_prompt_tokens: int) -> int:
@@ -201,8 +197,10 @@ class Scheduler:
         if len(self._in_flight) >= self.config.max_in_flight:
             return None
         num_preemptions = self.num_preemptions
-        parts = self._choose_decodes()
-        parts += self._choose_prefills(self.config.max_step_tokens - sum(1 + len(part.drafts) for part in parts))
+        decodes = self._choose_decodes()
+        prefills = self._choose_prefills(self.config.max_step_tokens - len(decodes))
+        # With a prompt in the step nobody drafts: the newcomer's first token would wait for it.
+        parts = [*decodes, *prefills] if prefills else self._with_drafts(decodes)
         if not parts and self.num_preemptions > num_preemptions:
             return self.plan()  # all that was chosen gave up its own blocks; others are ready, and have room now
         return self._dispatch(parts) if parts else None
@@ -215,14 +213,17 @@ class Scheduler:
         # Oldest first, so that a preemption never hits a sequence already extended here.
         extended = {sequence.sequence_id for sequence in sorted(candidates, key=_age) if self._extend(sequence)}
         # In the order they became ready, which is also how they will queue again: everybody gets the same share.
-        chosen = [sequence for sequence in candidates if sequence.sequence_id in extended]
+        return [_Part(sequence, 1) for sequence in candidates if sequence.sequence_id in extended]
+
+    def _with_drafts(self, decodes: list[_Part]) -> list[_Part]:
+        """The same, each with its guesses; those who were chosen first take first."""
         num_spare = min(
-            decode_budget(self.config, prompts_wait=prompts_wait) - len(chosen),
+            self.config.max_step_tokens - len(decodes),
             max_step_drafts(self.config.max_running, self.config.speculative_tokens),
         )
         parts = []
-        for sequence in chosen:
-            parts.append(_Part(sequence, 1, self._draft(sequence, num_spare)))
+        for part in decodes:
+            parts.append(part._replace(drafts=self._draft(part.sequence, num_spare)))
             num_spare -= len(parts[-1].drafts)
         return parts
 

@@ -123,13 +123,19 @@ def test_no_more_is_drafted_than_may_be_emitted(max_tokens: int, num_drafts: int
     assert bench.scheduler.plan().sequences[0].num_drafts == num_drafts
 
 
-def test_drafts_stay_within_the_budget_and_leave_prompts_their_part() -> None:
+def test_drafts_stay_within_the_budget_and_out_of_steps_with_prompts() -> None:
     bench = Bench(max_step_tokens=4)
     assert bench.scheduler.plan().sequences[0].num_drafts == 3
-    bench = Bench(max_step_tokens=4)
+    bench = Bench(max_step_tokens=16)
     bench.add(2, list(range(20, 30)))
     decoding, prompt = bench.scheduler.plan().sequences
-    assert (decoding.num_drafts, prompt.num_tokens) == (2, 1)
+    assert (decoding.num_drafts, prompt.num_tokens) == (0, 10)
+
+
+def test_prompts_that_cannot_begin_yet_keep_nobody_from_drafting() -> None:
+    bench = Bench(max_running=1)
+    bench.add(2, list(range(20, 30)))
+    assert bench.scheduler.plan().sequences[0].num_drafts == 4
 
 
 def test_the_drafts_of_a_step_are_no_more_than_the_sequences_it_may_have() -> None:
