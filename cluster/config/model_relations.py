@@ -186,6 +186,11 @@ def _vllm_is_possible(config: ClusterConfig, index: int) -> Iterator[Finding]:
             model.batching.speculative_tokens in ("auto", 0),
             "remove batching.speculative_tokens",
         ),
+        "batching.steps_ahead": (
+            model.batching.steps_ahead,
+            model.batching.steps_ahead == 0,
+            "remove batching.steps_ahead",
+        ),
     }
     for key, (written, fits, remedy) in reasons.items():
         if not fits:

@@ -23,6 +23,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
 Kernels = Literal["auto", "native", "torch"]
 ToolParser = Literal["auto", "hermes", "llama3_json", "mistral"]
+StepsAhead = Literal[0, 1]
 
 AUTO_SPECULATIVE_TOKENS = 7
 """``batching.speculative_tokens: auto``: with the token before them, half of a tile's rows on processors with AMX."""
@@ -68,6 +69,9 @@ class BatchingSection(StrictModel):
     speculative_tokens: Annotated[Auto | Annotated[int, Field(ge=0, le=64), OTHER], AUTO_OR_OTHER] = "auto"
     """Guesses computed along with a token where a text repeats itself or its prompt; changes no answer, only speed.
     ``auto`` is 7 with Manta's own engine; 0 is none."""
+    steps_ahead: StepsAhead = 0
+    """Steps sent to the stages, beyond one for each, before the tokens they go on from are known. 1 hides what the
+    replica does between two steps, which pays where steps are short; who comes new waits a step longer then."""
 
 
 class ModelResources(StrictModel):

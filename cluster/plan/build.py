@@ -197,6 +197,7 @@ def _with_stages(
         max_step_tokens=model.batching.max_step_tokens,
         max_waiting=model.batching.max_waiting,
         speculative_tokens=_speculative_tokens(model),
+        steps_ahead=model.batching.steps_ahead,
         threads_per_stage=_auto_threads(model, nodes, len(ranges)) if threads == "auto" else threads,
         replica_cpus=model.resources.replica_cpus,
         stage_cpus=model.resources.stage_cpus,

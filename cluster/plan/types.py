@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from cluster.config.models import Dtype as Dtype
 from cluster.config.models import Kernels as Kernels
 from cluster.config.models import Quantization as Quantization
+from cluster.config.models import StepsAhead as StepsAhead
 from cluster.config.models import Task as Task
 from cluster.config.models import ToolParser as ToolParser
 
@@ -135,6 +136,8 @@ class ModelAppArgs(PlanModel):
     """Requests that may wait; one more is refused with 429."""
     speculative_tokens: int
     """Guesses that may be computed along with a sequence's next token."""
+    steps_ahead: StepsAhead
+    """Steps in flight beyond one per stage."""
     threads_per_stage: int
     replica_cpus: float
     stage_cpus: float

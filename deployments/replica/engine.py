@@ -15,8 +15,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
 
+from cluster.plan.types import StepsAhead
 from deployments.messages import (
     Delta,
     Finished,
@@ -62,8 +62,8 @@ class EngineConfig:
     """Sequences that may wait beyond those that can run at once; a request has one per choice."""
     min_decode_split: int = 2
     min_prefill_chunk: int = 64
-    steps_ahead: Literal[0, 1] = 1
     speculative_tokens: int = 0
+    steps_ahead: StepsAhead = 0
     on_stage_failure: OnStageFailure = "refuse"
 
     def __post_init__(self) -> None:
@@ -383,6 +383,6 @@ def _scheduler_config(config: EngineConfig, link: StageLink) -> SchedulerConfig:
         max_step_tokens=config.max_step_tokens,
         min_decode_split=config.min_decode_split,
         min_prefill_chunk=config.min_prefill_chunk,
-        steps_ahead=config.steps_ahead,
         speculative_tokens=config.speculative_tokens,
+        steps_ahead=config.steps_ahead,
     )

@@ -2,13 +2,14 @@
 
 One call of :meth:`Scheduler.plan` composes one step under a token budget: first one token for each decoding
 sequence of this micro-batch's share, then chunks of prompts, oldest first. Up to ``num_stages`` steps are in flight,
-so that every stage has one to work on, and ``steps_ahead`` more, so that the first stage has its next one at hand.
+so that every stage has one to work on, and ``steps_ahead`` more.
 
-Running ahead: a step may ask for the position after a token that is still being chosen, which the stages put in
-themselves. A sequence that turns out to have ended with that token has one such position computed for nothing, and
-its sample is dropped. A sequence is thus in at most two sampling steps at a time; one that is known to end with the
-token being chosen (``max_tokens``) does not run ahead. What is chosen is the same either way: a token depends on the
-tokens before it, the seed, the choice and the position alone.
+Running ahead, where ``steps_ahead`` is 1: so that the first stage has its next step at hand, that one may ask for the
+position after a token that is still being chosen, which the stages put in themselves. A sequence that turns out to
+have ended with that token has one such position computed for nothing, and its sample is dropped. A sequence is thus
+in at most two sampling steps at a time; one that is known to end with the token being chosen (``max_tokens``) does
+not run ahead. What is chosen is the same either way: a token depends on the tokens before it, the seed, the choice
+and the position alone.
 
 Drafting: a sequence that repeats itself does not run ahead either. In a step without prompts it takes guesses at its
 next tokens along, as many as there is room for, and those that are right are tokens for less than a step each.
@@ -23,9 +24,10 @@ from collections import deque
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from cluster.plan.memory import max_step_drafts
+from cluster.plan.types import StepsAhead
 from deployments.messages import Sample, StepInput, StepOutput
 from deployments.replica.blocks import BlockPool
 from deployments.replica.sequence import Sequence, SequenceState
@@ -44,9 +46,9 @@ class SchedulerConfig:
 
     ``min_decode_split``: decoding sequences are not spread so thin that a micro-batch has fewer than this, because
     a step over one costs about as much as a step over two. ``min_prefill_chunk``: likewise for prompt tokens.
-    ``steps_ahead``: steps in flight beyond one per stage; with 0, a token is always known before its step is planned.
     ``speculative_tokens``: drafts that a sequence may take along in one step; 0 for none. The plan's memory bounds
     those of all sequences together.
+    ``steps_ahead``: steps in flight beyond one per stage; with 0, a token is always known before its step is planned.
     """
 
     num_stages: int
@@ -54,8 +56,8 @@ class SchedulerConfig:
     max_step_tokens: int
     min_decode_split: int = 2
     min_prefill_chunk: int = 64
-    steps_ahead: Literal[0, 1] = 1
     speculative_tokens: int = 0
+    steps_ahead: StepsAhead = 0
 
     def __post_init__(self) -> None:
         """Raise ValueError for limits under which nothing could run."""

@@ -74,6 +74,7 @@ _HARMLESS = (
     "max_step_tokens",
     "max_waiting",
     "speculative_tokens",
+    "steps_ahead",
     "replica_cpus",
     "stage_cpus",
     "stage_memory",
@@ -305,6 +306,7 @@ def _engine_config(args: ModelAppArgs) -> EngineConfig:
         max_step_tokens=args.max_step_tokens,
         max_waiting=args.max_waiting,
         speculative_tokens=args.speculative_tokens,
+        steps_ahead=args.steps_ahead,
         on_stage_failure="hold",
     )
 

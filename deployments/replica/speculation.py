@@ -11,7 +11,7 @@ is chosen after each draft is what would have been chosen without any, and a dra
 from collections.abc import Sequence
 
 _NGRAM_TOKENS = 3
-_MIN_RIGHT = 2  # guesses right in a row; drafting costs running ahead, which most texts gain more from
+_MIN_RIGHT = 2  # guesses right in a row; after a single one most are wrong
 _MAX_PROMPT_TOKENS = 4096  # the last ones; remembering one takes about 200 bytes
 
 

@@ -308,6 +308,15 @@ MISTAKES = {
         "batching.speculative_tokens 4",
         "remove batching.speculative_tokens",
     ),
+    "vLLM with steps ahead": in_model(
+        "batching: {steps_ahead: 1}\nengine: {kind: vllm, python: /opt/vllm/bin/python} #!",
+        "engine.kind",
+        "batching.steps_ahead 1",
+        "remove batching.steps_ahead",
+    ),
+    "too many steps ahead": in_model(
+        "batching: {steps_ahead: 2} #!", "batching.steps_ahead", "not one of the choices", "0 or 1"
+    ),
     "too many guesses": in_model("batching: {speculative_tokens: 65} #!", "batching.speculative_tokens", "64", "64"),
     "vLLM for vectors": in_model(
         "task: embed\nengine: {kind: vllm, python: /opt/vllm/bin/python} #!", "engine.kind", "task embed", "generate"

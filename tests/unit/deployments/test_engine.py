@@ -49,8 +49,9 @@ async def test_running_ahead_changes_nothing_but_when_steps_are_sent(num_stages)
 
 
 async def test_a_sequence_that_ends_wastes_at_most_one_position_and_a_known_end_none():
-    for sampling, num_wasted in (({}, 0), ({"stop_token_ids": tuple(range(2, 12))}, 1)):
-        engine, link = engine_for(num_stages=1)
+    stops = {"stop_token_ids": tuple(range(2, 12))}
+    for steps_ahead, sampling, num_wasted in ((1, {}, 0), (1, stops, 1), (0, stops, 0)):
+        engine, link = engine_for(config(steps_ahead=steps_ahead), num_stages=1)
         request = generate(prompt=PROMPT, max_tokens=6, **sampling)
         async with running(engine):
             check(request, await collect(engine, request))

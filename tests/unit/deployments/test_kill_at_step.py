@@ -49,12 +49,15 @@ def undisturbed(runners) -> list[list[list[int]]]:
     return said
 
 
+@pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize(("stage", "step"), list(product((0, 1), (0, 1, 2, 3, 5, 8, 13, 21))))
-async def test_a_stage_that_dies_at_any_step_costs_no_token(runners, undisturbed, stage: int, step: int) -> None:
+async def test_a_stage_that_dies_at_any_step_costs_no_token(
+    runners, undisturbed, stage: int, step: int, steps_ahead: int
+) -> None:
     dying = [DyingRunner(runner, [step] if index == stage else []) for index, runner in enumerate(runners)]
     for runner in dying:
         runner.forget()
-    async with supervised(LocalStages(dying)) as engine:
+    async with supervised(LocalStages(dying), steps_ahead=steps_ahead) as engine:
         assert await say_all(engine) == undisturbed
         assert [runner.num_deaths for runner in dying] == [int(index == stage) for index in (0, 1)]
         assert engine.stats().num_recoveries == 1

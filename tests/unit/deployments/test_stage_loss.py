@@ -58,9 +58,9 @@ async def say_all(engine: Engine) -> list[list[int]]:
 
 
 @contextlib.asynccontextmanager
-async def supervised(stages: LocalStages) -> AsyncIterator[Engine]:
+async def supervised(stages: LocalStages, **changes) -> AsyncIterator[Engine]:
     link = await stages.start()
-    engine = Engine(config(on_stage_failure="hold"), tiny_text(), link)
+    engine = Engine(config(on_stage_failure="hold", **changes), tiny_text(), link)
     await engine.start()
     supervisor = Supervisor(engine, stages, link)
     task = asyncio.create_task(supervisor.run())
@@ -85,15 +85,16 @@ WIRES = [
 ]
 
 
+@pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize(("damage", "at_byte"), [("flip", 9), ("flip", 80), ("flip", 700), ("cut", 700)])
 @pytest.mark.parametrize(("kind", "stage", "toward", "suspects"), WIRES)
 async def test_a_damaged_frame_costs_a_repair_and_never_a_token(
-    model, lay, kind, stage, toward, suspects, at_byte, damage
+    model, lay, kind, stage, toward, suspects, at_byte, damage, steps_ahead
 ) -> None:
     runners, expected = model
     wire = BadWire(damage, toward=toward, at_byte=HANDSHAKE_BYTES + at_byte)
     stages = LocalStages(runners, reroute=lay(wire, kind, stage))
-    async with supervised(stages) as engine:
+    async with supervised(stages, steps_ahead=steps_ahead) as engine:
         assert await say_all(engine) == expected
         assert wire.happened.is_set()
         assert engine.stats().num_recoveries == len(stages.repairs) == 1
@@ -109,7 +110,7 @@ async def test_a_wire_that_falls_silent_is_noticed_and_never_waited_for(
     runners, expected = model
     wire = BadWire("hold", toward=toward, at_byte=HANDSHAKE_BYTES + 700)
     stages = LocalStages(runners, reroute=lay(wire, kind, stage), step_timeout_s=1.0, silence_s=1.0)
-    async with supervised(stages) as engine:
+    async with supervised(stages, steps_ahead=1) as engine:  # else nothing waits for what was chosen
         assert await say_all(engine) == expected
         assert wire.happened.is_set()
         assert (suspects if toward == "caller" else ()) == tuple(stages.repairs[0])
