@@ -128,7 +128,7 @@ class ReplicaService:
             self._engine = EmbedEngine(_embed_config(args), self._texts.tokenizer, link)
         else:
             self._engine = Engine(
-                _engine_config(args),
+                engine_config(args),
                 self._texts.tokenizer,
                 link,
                 adapters=self._texts.adapters,
@@ -296,7 +296,8 @@ def product_digest(args: ModelAppArgs) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _engine_config(args: ModelAppArgs) -> EngineConfig:
+def engine_config(args: ModelAppArgs) -> EngineConfig:
+    """The limits of a replica that generates, as planned."""
     return EngineConfig(
         context_tokens=args.context_tokens,
         num_blocks=args.num_blocks,
