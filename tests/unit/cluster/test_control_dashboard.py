@@ -3,6 +3,7 @@
 import pytest
 
 from cluster.config.nodes import ExistingProvider
+from cluster.control import wait
 from cluster.control.dashboard import Dashboard
 from cluster.control.existing import ExistingRay
 from cluster.control.logs import log_files, read_logs
@@ -89,6 +90,7 @@ def test_logs_are_those_of_living_replicas_and_stages():
 
 
 def test_down_on_an_existing_cluster_leaves_the_applications_of_others(monkeypatch):
+    monkeypatch.setattr(wait, "_POLL_S", 0.0)
     mixed = recorded("serve_running.json")
     other = recorded("serve_foreign.json")["applications"]["toy-v1"]
     mixed["applications"]["toy-v1"] = other

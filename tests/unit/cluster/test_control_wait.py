@@ -62,7 +62,8 @@ def test_waiting_ends_when_everything_runs():
     assert [found.status for found in shown[-1]] == ["RUNNING", "RUNNING"]
 
 
-def test_waiting_ends_with_the_error_of_the_application_that_failed():
+def test_waiting_ends_with_the_error_of_the_application_that_failed(monkeypatch):
+    monkeypatch.setattr(wait, "_POLL_S", 0.0)
     answers = {"/api/serve/applications/": ["serve_failing.json", "serve_failed.json"]}
     with RecordedDashboard(answers) as dashboard:
         failed = await_apps(dashboard, ["toy-v1", "toy-v2"], lambda _: None, timeout_s=30)

@@ -69,7 +69,7 @@ FAULTS = {
     "repeat": ({"every request has exactly one end", "answers equal the undisturbed ones"}, "repeats"),
     "drop": ({"every request has exactly one end", "answers equal the undisturbed ones"}, "lost"),
     "fail": ({"every request is answered"}, "could not finish this request"),
-    "hang": ({"every request is answered", "every request has exactly one end"}, "no end after 0.5 s"),
+    "hang": ({"every request is answered", "every request has exactly one end"}, "no end after 0.2 s"),
 }
 
 
@@ -79,7 +79,7 @@ async def test_a_faulty_gateway_is_found_out(fault: str) -> None:
     async with faulty_gateway() as (backend, client, _):
         undisturbed = await golden(client)
         backend.fault = fault
-        traffic = await sent(client, 8, patience_s=0.5 if fault == "hang" else PATIENCE_S)
+        traffic = await sent(client, 8, patience_s=0.2 if fault == "hang" else PATIENCE_S)
     found = broken(traffic.outcomes, undisturbed)
     assert found.keys() == texts
     assert word in " ".join(found.values())
@@ -193,13 +193,13 @@ async def test_a_pause_is_measured_and_keeps_the_promises(drilled: Drilled) -> N
 async def test_streams_that_do_not_go_on_break_the_promise(drilled: Drilled) -> None:
     async def play(drill: Drill, phase: Phase) -> None:
         drilled.backend.pause_after = 3
-        phase.traffic = drill.new_traffic(patience_s=0.5)
+        phase.traffic = drill.new_traffic(patience_s=0.2)
         phase.traffic.start_lanes(4)
         await drill.strike(phase, "kill", [Victim(77)], lambda _: None)  # type: ignore[list-item]
 
     found = await drilled.run(play)
     assert found.keys() == {"every request is answered", "every request has exactly one end"}
-    assert "no end after 0.5 s" in found["every request has exactly one end"].detail
+    assert "no end after 0.2 s" in found["every request has exactly one end"].detail
 
 
 async def test_what_is_left_over_breaks_the_promise(drilled: Drilled, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ async def test_what_is_left_over_breaks_the_promise(drilled: Drilled, monkeypatc
 
 
 async def test_what_is_held_for_ever_breaks_the_promise(drilled: Drilled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.control.drill.drill._CLEAN_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("cluster.control.drill.drill._CLEAN_TIMEOUT_S", 0.2)
 
     async def play(drill: Drill, phase: Phase) -> None:
         await phase.traffic.send_each(12)

@@ -49,10 +49,12 @@ def undisturbed(runners) -> list[list[list[int]]]:
     return said
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 1])
-@pytest.mark.parametrize(("stage", "step"), list(product((0, 1), (0, 1, 2, 3, 5, 8, 13, 21))))
+@pytest.mark.parametrize(
+    ("steps_ahead", "stage", "step"),
+    [*product((0,), (0, 1), (0, 1, 2, 3, 5, 8, 13, 21)), *product((1,), (0, 1), (0, 2, 5, 13))],
+)
 async def test_a_stage_that_dies_at_any_step_costs_no_token(
-    runners, undisturbed, stage: int, step: int, steps_ahead: int
+    runners, undisturbed, steps_ahead: int, stage: int, step: int
 ) -> None:
     dying = [DyingRunner(runner, [step] if index == stage else []) for index, runner in enumerate(runners)]
     for runner in dying:

@@ -16,6 +16,13 @@ from tests.support.fake_embed import FakeEmbedLink, vector_of
 HOLD = config(on_stage_failure="hold")
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before another attempt at a repair, and for the link's account of a loss, which a fake one has at once."""
+    monkeypatch.setattr("deployments.replica.supervise._RETRY_S", 0.01)
+    monkeypatch.setattr("deployments.replica.supervise._BLAME_S", 0.005)
+
+
 class Link:
     """A fake pipeline whose connections can break while nothing is under way."""
 
